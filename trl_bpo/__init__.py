@@ -12,7 +12,21 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+"""Balanced Preference Optimization (BPO) for TRL: select the preference data that is worth training on."""
+
 from ._version import __version__
+from .bpo_config import BPOConfig
+from .bpo_trainer import BPOTrainer
+from .breadth import BreadthSelection, BreadthSelector
+from .depth import DepthSelection, DepthSelector
 
 
-__all__ = ["__version__"]
+__all__ = [
+    "BPOConfig",
+    "BPOTrainer",
+    "BreadthSelection",
+    "BreadthSelector",
+    "DepthSelection",
+    "DepthSelector",
+    "__version__",
+]

@@ -1,0 +1,134 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Configuration of [`BPOTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from trl import DPOConfig
+
+from .clustering import SCOPES, check_fraction
+
+
+@dataclass
+class BPOConfig(DPOConfig):
+    r"""
+    Configuration class for the [`BPOTrainer`].
+
+    [`BPOConfig`] inherits every parameter from [`~trl.DPOConfig`] and adds those of the selection of pairs. The paper
+    (arXiv 2411.10914) specifies none of their values.
+
+    Parameters:
+        > Parameters that control the selection
+
+        depth_fraction (`float`, *optional*, defaults to `0.5`):
+            Fraction of the pairs to train on, in (0, 1]: exactly `round(depth_fraction * n)` of the `n` pairs that TRL's
+            length filter leaves. An epoch is one pass over them. `1.0` switches selection off and trains exactly like
+            [`~trl.DPOTrainer`].
+        depth_clusters (`int`, *optional*):
+            Number of K-means clusters of the gradient features. If `None`, `round(sqrt(n / 2))`.
+        depth_scope (`str`, *optional*, defaults to `"per_cluster"`):
+            `"per_cluster"` keeps the pairs nearest to each centre, in proportion to the size of its cluster.
+            `"overall"` keeps the nearest of all.
+        min_pairs_per_prompt (`int`, *optional*, defaults to `0`):
+            Pairs that every prompt keeps at least. Refused if the budget cannot meet it.
+        reselect_every_epochs (`int`, *optional*, defaults to `1`):
+            Select anew under the current policy every this many epochs. `0` selects only at the start. One selection
+            costs about as much as one epoch over the pool.
+        reselect_every_steps (`int`, *optional*):
+            Select anew every this many optimizer steps. If set, `reselect_every_epochs` is not used.
+
+        > Parameters that control the gradient features
+
+        normalize_gradients (`bool`, *optional*, defaults to `True`):
+            Whether to scale the gradient feature of each pair to unit length before clustering. Otherwise the pairs
+            nearest to a centre are those with hardly any gradient.
+        projection_dim (`int`, *optional*, defaults to `2048`):
+            Dimension of the sparse random projection of the gradients.
+        gradient_batch_tokens (`int`, *optional*, defaults to `4096`):
+            Tokens a batch of the gradient pass, padding included, on each process.
+
+        > Parameters that control the curated dataset
+
+        curated_dataset_hub_id (`str`, *optional*):
+            Dataset repository on the Hub, as `user/name`, to which the pairs of the last selection are pushed with
+            their card when training ends. `hub_private_repo` and `hub_token` apply. If `None`, nothing is pushed.
+    """
+
+    # Parameters that control the selection
+    depth_fraction: float = field(
+        default=0.5,
+        metadata={
+            "help": "Fraction of the pairs to train on, in (0, 1]. 1.0 switches selection off and trains exactly like "
+            "DPOTrainer."
+        },
+    )
+    depth_clusters: int | None = field(
+        default=None,
+        metadata={"help": "Number of K-means clusters of the gradient features. If None, round(sqrt(n / 2))."},
+    )
+    depth_scope: str = field(
+        default="per_cluster",
+        metadata={
+            "help": "Whether to keep the pairs nearest to each centre or the nearest of all.",
+            "choices": list(SCOPES),
+        },
+    )
+    min_pairs_per_prompt: int = field(
+        default=0,
+        metadata={"help": "Pairs that every prompt keeps at least. Refused if the budget cannot meet it."},
+    )
+    reselect_every_epochs: int = field(
+        default=1,
+        metadata={"help": "Select anew under the current policy every this many epochs. 0 selects only at the start."},
+    )
+    reselect_every_steps: int | None = field(
+        default=None,
+        metadata={"help": "Select anew every this many optimizer steps. If set, `reselect_every_epochs` is not used."},
+    )
+
+    # Parameters that control the gradient features
+    normalize_gradients: bool = field(
+        default=True,
+        metadata={"help": "Whether to scale the gradient feature of each pair to unit length before clustering."},
+    )
+    projection_dim: int = field(
+        default=2048,
+        metadata={"help": "Dimension of the sparse random projection of the gradients."},
+    )
+    gradient_batch_tokens: int = field(
+        default=4096,
+        metadata={"help": "Tokens a batch of the gradient pass, padding included, on each process."},
+    )
+
+    # Parameters that control the curated dataset
+    curated_dataset_hub_id: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset repository on the Hub to which the pairs of the last selection are pushed with their "
+            "card when training ends."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_fraction("depth_fraction", self.depth_fraction)
+        if self.depth_scope not in SCOPES:
+            raise ValueError(f"`depth_scope` must be one of {SCOPES}, got {self.depth_scope!r}.")
+        if self.reselect_every_epochs < 0:
+            raise ValueError(f"`reselect_every_epochs` must not be negative, got {self.reselect_every_epochs}.")
+        for name in ("reselect_every_steps", "projection_dim", "gradient_batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        super().__post_init__()

@@ -1,0 +1,252 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""K-means and nearest-to-centre ranking: the one mechanism that breadth and depth selection share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
+
+
+SCOPES = ("per_cluster", "overall")
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """
+    A K-means clustering of `n` rows and where each row stands in it.
+
+    Attributes:
+        labels (`np.ndarray` of shape `(n,)`, int64):
+            Cluster of each row.
+        distances (`np.ndarray` of shape `(n,)`, float64):
+            Euclidean distance of each row to the centre of its own cluster, in the units of the features.
+        ranks (`np.ndarray` of shape `(n,)`, int64):
+            Rank of each row by distance within its own cluster; 0 is the nearest. Ties go by id.
+        variance_explained (`float`):
+            `1 - inertia / total sum of squares` over the rows; 0.0 if all rows coincide.
+    """
+
+    labels: np.ndarray
+    distances: np.ndarray
+    ranks: np.ndarray
+    variance_explained: float
+
+    @property
+    def n_clusters(self) -> int:
+        """Number of clusters that hold at least one row."""
+        return len(np.unique(self.labels))
+
+
+def check_fraction(name: str, fraction: float) -> None:
+    """
+    Refuse a fraction outside (0, 1].
+
+    Args:
+        name (`str`):
+            Name of the option, for the message.
+        fraction (`float`):
+            Its value.
+
+    Raises:
+        `ValueError`: If the fraction is not in (0, 1].
+    """
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(f"`{name}` must be in (0, 1], got {fraction}. Use 1.0 to keep everything.")
+
+
+def budget(fraction: float, n: int) -> int:
+    """
+    Number of rows that a fraction stands for: `round(fraction * n)`, at least one.
+
+    Args:
+        fraction (`float`):
+            Fraction in (0, 1].
+        n (`int`):
+            Number of rows.
+
+    Returns:
+        `int`: Rows to keep.
+    """
+    return max(1, round(fraction * n))
+
+
+def default_n_clusters(n: int) -> int:
+    """
+    Number of clusters used when none is asked for: `round(sqrt(n / 2))`, at least one (not specified by the paper).
+
+    Args:
+        n (`int`):
+            Number of rows.
+
+    Returns:
+        `int`: Number of clusters.
+    """
+    return max(1, round((n / 2) ** 0.5))
+
+
+def _fit(features: np.ndarray, n_clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+    # With several threads the partial sums of the centres are added in the order in which the threads finish, so that
+    # two runs may differ in the last bits and, at a tie, in what they keep. One thread gives one answer everywhere.
+    with threadpool_limits(limits=1):
+        kmeans = KMeans(n_clusters=n_clusters, n_init=1, random_state=seed).fit(features)
+    residuals = features - kmeans.cluster_centers_[kmeans.labels_]
+    total = float(((features - features.mean(axis=0)) ** 2).sum())
+    variance_explained = 1.0 - float((residuals**2).sum()) / total if total > 0 else 0.0
+    return kmeans.labels_.astype(np.int64), np.sqrt((residuals**2).sum(axis=1)), variance_explained
+
+
+def _sorted_by_id(features: np.ndarray, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(np.asarray(ids), kind="stable")
+    return order, np.asarray(features, dtype=np.float64)[order]
+
+
+def cluster(
+    features: np.ndarray, ids: Sequence[str], n_clusters: int | None = None, seed: int = 42, option: str = "n_clusters"
+) -> Clustering:
+    """
+    Cluster rows by K-means (k-means++ start, Lloyd's algorithm) and rank each within its own cluster.
+
+    The rows are clustered in the order of their ids, so the result does not depend on the order in which they come.
+
+    Args:
+        features (`np.ndarray` of shape `(n, d)`):
+            One row a point. Must be finite.
+        ids (`Sequence[str]`):
+            Content hash of each row, which settles ties.
+        n_clusters (`int`, *optional*):
+            Number of clusters. If `None`, [`default_n_clusters`] decides.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of the k-means++ start.
+        option (`str`, *optional*, defaults to `"n_clusters"`):
+            Name under which the user knows `n_clusters`, for the message.
+
+    Returns:
+        [`Clustering`]: Labels, distances and ranks in the order of the input.
+
+    Raises:
+        `ValueError`: If there are fewer rows than clusters, or fewer than one cluster.
+    """
+    n = len(features)
+    n_clusters = default_n_clusters(n) if n_clusters is None else n_clusters
+    check_n_clusters(option, n_clusters, n)
+    order, features = _sorted_by_id(features, ids)
+    sorted_labels, sorted_distances, variance_explained = _fit(features, n_clusters, seed)
+
+    # A stable sort by distance, then by cluster, of rows that are already in the order of their ids.
+    by_distance = np.lexsort((sorted_distances, sorted_labels))
+    starts = np.searchsorted(sorted_labels[by_distance], sorted_labels[by_distance])
+    sorted_ranks = np.empty(n, dtype=np.int64)
+    sorted_ranks[by_distance] = np.arange(n) - starts
+
+    labels, distances, ranks = np.empty(n, dtype=np.int64), np.empty(n), np.empty(n, dtype=np.int64)
+    labels[order], distances[order], ranks[order] = sorted_labels, sorted_distances, sorted_ranks
+    return Clustering(labels, distances, ranks, variance_explained)
+
+
+def check_n_clusters(option: str, n_clusters: int, n: int) -> None:
+    """
+    Refuse a number of clusters that `n` rows cannot fill.
+
+    Args:
+        option (`str`):
+            Name of the option, for the message.
+        n_clusters (`int`):
+            Its value.
+        n (`int`):
+            Number of rows.
+
+    Raises:
+        `ValueError`: If the number is below one or above `n`.
+    """
+    if n_clusters < 1:
+        raise ValueError(f"`{option}` must be at least 1, got {n_clusters}.")
+    if n_clusters > n:
+        raise ValueError(
+            f"`{option}={n_clusters}` asks for more clusters than there are rows ({n}). Lower it, or leave it unset: "
+            "the default adapts to the data."
+        )
+
+
+def nearest_to_centre(
+    clustering: Clustering, ids: Sequence[str], n_keep: int, scope: str = "per_cluster"
+) -> np.ndarray:
+    """
+    Select exactly `n_keep` rows that lie nearest to the centres of their clusters.
+
+    Args:
+        clustering ([`Clustering`]):
+            Result of [`cluster`].
+        ids (`Sequence[str]`):
+            Content hash of each row, which settles ties.
+        n_keep (`int`):
+            Number of rows to keep.
+        scope (`str`, *optional*, defaults to `"per_cluster"`):
+            `"per_cluster"` shares `n_keep` out over the clusters in proportion to their sizes (largest remainder) and
+            keeps each one's nearest. `"overall"` keeps the nearest of all rows, wherever they lie. Which one the paper
+            uses is not specified.
+
+    Returns:
+        `np.ndarray` of shape `(n,)`, bool: Whether each row is kept.
+    """
+    n = len(clustering.labels)
+    if scope == "overall":
+        selected = np.zeros(n, dtype=bool)
+        selected[np.lexsort((np.asarray(ids), clustering.distances))[:n_keep]] = True
+        return selected
+    labels, sizes = np.unique(clustering.labels, return_counts=True)
+    # Integers keep the remainders exact: `n_keep * size / n` in floats may tip a tie.
+    quotas, remainders = np.divmod(n_keep * sizes, n)
+    first_ids = [min(np.asarray(ids)[clustering.labels == label]) for label in labels]
+    for index in np.lexsort((first_ids, -remainders))[: n_keep - quotas.sum()]:
+        quotas[index] += 1
+    return clustering.ranks < quotas[np.searchsorted(labels, clustering.labels)]
+
+
+def gaussian_variance_explained(
+    features: np.ndarray, ids: Sequence[str], n_clusters: int, seed: int = 42, normalize: bool = True
+) -> float:
+    """
+    Variance that K-means explains of a Gaussian sample with the mean and covariance of the features.
+
+    K-means explains some variance of any cloud of points. Clusters are structure beyond the covariance only where the
+    variance explained of the features exceeds this one. Memory: one `(n, n)` matrix of normal numbers.
+
+    Args:
+        features (`np.ndarray` of shape `(n, d)`):
+            The features that were clustered.
+        ids (`Sequence[str]`):
+            Content hash of each row: the rows are taken in the order of their ids, as in [`cluster`].
+        n_clusters (`int`):
+            Number of clusters.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of the sample and of K-means.
+        normalize (`bool`, *optional*, defaults to `True`):
+            Whether the sample is L2-normalised as the features were.
+
+    Returns:
+        `float`: Variance explained of the sample.
+    """
+    _, features = _sorted_by_id(features, ids)
+    n = len(features)
+    mean = features.mean(axis=0)
+    # W (X - mean) / sqrt(n) with W standard normal has the covariance of X without ever forming the d x d matrix.
+    with threadpool_limits(limits=1):
+        sample = np.random.default_rng(seed).standard_normal((n, n)) @ (features - mean) / np.sqrt(n) + mean
+    if normalize:
+        sample /= np.maximum(np.linalg.norm(sample, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    return _fit(sample, n_clusters, seed)[2]

@@ -1,0 +1,280 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Depth: which pairs to train on (stage 3 of BPO).
+
+Columns in: `pair_id` and `prompt_id`. Columns out, beside all that came in:
+
+| column | type | meaning |
+| --- | --- | --- |
+| `depth_cluster` | int64 | K-means cluster of the pair's gradient feature; -1 for a pair without a gradient |
+| `depth_distance` | float64 | Euclidean distance of the feature to the centre of that cluster; NaN without a gradient |
+| `depth_rank` | int64 | rank by that distance within the cluster, 0 is the nearest; -1 without a gradient |
+| `depth_selected` | bool | whether the pair is kept |
+"""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+
+from .clustering import (
+    SCOPES,
+    budget,
+    check_fraction,
+    check_n_clusters,
+    cluster,
+    gaussian_variance_explained,
+    nearest_to_centre,
+)
+
+
+logger = logging.getLogger(__name__)
+
+# The Gaussian costs a matrix product of (n, n) by (n, d), so it is drawn from a sample of a larger pool.
+_GAUSSIAN_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class DepthSelection:
+    """
+    Result of a depth selection over `n` pairs.
+
+    Attributes:
+        selected (`np.ndarray` of shape `(n,)`, bool):
+            Whether each pair is kept.
+        clusters (`np.ndarray` of shape `(n,)`, int64):
+            Cluster of each pair, -1 for a pair without a gradient.
+        distances (`np.ndarray` of shape `(n,)`, float64):
+            Distance of each pair to its centre, NaN for a pair without a gradient.
+        ranks (`np.ndarray` of shape `(n,)`, int64):
+            Rank of each pair in its cluster, -1 for a pair without a gradient.
+        metrics (`dict[str, float]`):
+            `active_pairs`, `pairs_per_prompt_mean` (over the prompts that keep a pair), `pairs_per_prompt_max`,
+            `prompts_without_pair`, `zero_gradients`, `n_clusters`, `cluster_entropy` (of the kept pairs over the
+            clusters, 1.0 is uniform), `variance_explained` by the clusters, and `variance_explained_gaussian`, that of
+            a Gaussian with the same covariance through the same pipeline.
+    """
+
+    selected: np.ndarray
+    clusters: np.ndarray
+    distances: np.ndarray
+    ranks: np.ndarray
+    metrics: dict[str, float]
+
+    def annotate(self, dataset: Dataset) -> Dataset:
+        """
+        Add the `depth_*` columns to the pairs that were selected from.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                The pairs, in the order of the selection.
+
+        Returns:
+            [`~datasets.Dataset`]: All pairs, with the columns of the module's table.
+        """
+        dataset = dataset.remove_columns([name for name in dataset.column_names if name.startswith("depth_")])
+        return (
+            dataset.add_column("depth_cluster", self.clusters)
+            .add_column("depth_distance", self.distances)
+            .add_column("depth_rank", self.ranks)
+            .add_column("depth_selected", self.selected)
+        )
+
+
+class DepthSelector:
+    """
+    Keep the pairs whose gradients represent the others best: stage 3 of BPO (arXiv 2411.10914).
+
+    The gradient features of all pairs are clustered together by K-means, and exactly `round(fraction * n)` of the `n`
+    pairs, at least one, that lie nearest to the centres are kept. How many pairs a prompt keeps, none included, is the
+    outcome. On a set with one pair a prompt, depth selects among prompts. The number of clusters, the distance, the
+    normalisation and the scope are not specified by the paper.
+
+    [`BPOTrainer`] runs this selection on its schedule; [`BPOTrainer.select_pairs`] runs it without training. To select
+    by other features, hand them to [`~DepthSelector.select`].
+
+    Args:
+        fraction (`float`):
+            Fraction of the pairs to keep, in (0, 1].
+        n_clusters (`int`, *optional*):
+            Number of clusters. If `None`, `round(sqrt(n / 2))`.
+        scope (`str`, *optional*, defaults to `"per_cluster"`):
+            `"per_cluster"` keeps the nearest of each cluster, in proportion to its size; `"overall"` keeps the nearest
+            of all.
+        normalize (`bool`, *optional*, defaults to `True`):
+            Whether to scale the features to unit length. Otherwise the pairs nearest to a centre are those with hardly
+            any gradient.
+        min_pairs_per_prompt (`int`, *optional*, defaults to `0`):
+            Pairs that every prompt keeps at least (all of them if it has fewer), within the budget.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of K-means and of the Gaussian.
+
+    Raises:
+        `ValueError`: If an option is out of range.
+    """
+
+    def __init__(
+        self,
+        fraction: float,
+        *,
+        n_clusters: int | None = None,
+        scope: str = "per_cluster",
+        normalize: bool = True,
+        min_pairs_per_prompt: int = 0,
+        seed: int = 42,
+    ) -> None:
+        check_fraction("fraction", fraction)
+        if scope not in SCOPES:
+            raise ValueError(f"`scope` must be one of {SCOPES}, got {scope!r}.")
+        if min_pairs_per_prompt < 0:
+            raise ValueError(f"`min_pairs_per_prompt` must not be negative, got {min_pairs_per_prompt}.")
+        self.fraction = fraction
+        self.n_clusters = n_clusters
+        self.scope = scope
+        self.normalize = normalize
+        self.min_pairs_per_prompt = min_pairs_per_prompt
+        self.seed = seed
+
+    def check(self, prompt_ids: list[str]) -> int:
+        """
+        Refuse a pool that cannot be selected from, before any gradient is computed.
+
+        Args:
+            prompt_ids (`list[str]`):
+                Prompt of each pair of the pool.
+
+        Returns:
+            `int`: The budget, in pairs.
+
+        Raises:
+            `ValueError`: If there is no pair, if there are more clusters than pairs, or if `min_pairs_per_prompt`
+                asks for more pairs than the budget allows.
+        """
+        n = len(prompt_ids)
+        if n == 0:
+            raise ValueError("There is no pair to select from: the dataset is empty, or every row was filtered out.")
+        if self.n_clusters is not None:
+            check_n_clusters("n_clusters", self.n_clusters, n)
+        n_keep = budget(self.fraction, n)
+        _, pairs_per_prompt = np.unique(prompt_ids, return_counts=True)
+        floor = int(np.minimum(pairs_per_prompt, self.min_pairs_per_prompt).sum())
+        if floor > n_keep:
+            raise ValueError(
+                f"`min_pairs_per_prompt={self.min_pairs_per_prompt}` needs {floor} pairs, but `fraction="
+                f"{self.fraction}` of {n} pairs is a budget of {n_keep}. Raise the fraction to at least "
+                f"{floor / n:.3g}, or lower `min_pairs_per_prompt`."
+            )
+        if 2 * n_keep < len(pairs_per_prompt):
+            logger.warning(
+                "The budget leaves most prompts without a pair: %d pairs (fraction %s of %d) for %d prompts, so at "
+                "least %d prompts keep none. Raise the fraction, or select fewer prompts beforehand.",
+                n_keep,
+                self.fraction,
+                n,
+                len(pairs_per_prompt),
+                len(pairs_per_prompt) - n_keep,
+            )
+        return n_keep
+
+    def select(self, features: np.ndarray, pair_ids: list[str], prompt_ids: list[str]) -> DepthSelection:
+        """
+        Select pairs by their features.
+
+        Args:
+            features (`np.ndarray` of shape `(n, d)`):
+                Gradient feature of each pair, not normalised. Rows of zeros (pairs without a gradient) are left out of
+                the clustering and are not kept; they are counted.
+            pair_ids (`list[str]`):
+                Content hash of each pair, which settles ties.
+            prompt_ids (`list[str]`):
+                Prompt of each pair.
+
+        Returns:
+            [`DepthSelection`]: What is kept. Fewer pairs than the budget are kept only if fewer have a gradient.
+
+        Raises:
+            `ValueError`: If features are not finite, if all are zero, or for the reasons of [`~DepthSelector.check`].
+        """
+        n_keep = self.check(prompt_ids)
+        n = len(pair_ids)
+        norms = np.linalg.norm(np.asarray(features, dtype=np.float64), axis=1)
+        if not np.isfinite(norms).all():
+            rows = np.flatnonzero(~np.isfinite(norms))
+            raise ValueError(
+                f"The gradients of {len(rows)} of {n} pairs are not finite, first of all pair "
+                f"{pair_ids[rows[0]]} (row {rows[0]}). Look for an overflow in half precision or for broken weights."
+            )
+        rows = np.flatnonzero(norms > 0)
+        if len(rows) == 0:
+            raise ValueError(
+                f"The gradients of all {n} pairs are zero: chosen and rejected are the same, or nothing is trainable."
+            )
+        ids = np.asarray(pair_ids)[rows]
+        x = np.asarray(features, dtype=np.float64)[rows]
+        if self.normalize:
+            x /= norms[rows, None]
+        n_clusters = None if self.n_clusters is None else min(self.n_clusters, len(rows))
+        clustering = cluster(x, ids.tolist(), n_clusters, self.seed)
+        kept = nearest_to_centre(clustering, ids.tolist(), min(n_keep, len(rows)), self.scope)
+        if self.min_pairs_per_prompt > 0:
+            kept = self._with_floor(kept, clustering.distances, ids, np.asarray(prompt_ids)[rows])
+
+        selected = np.zeros(n, dtype=bool)
+        clusters, ranks, distances = np.full(n, -1), np.full(n, -1), np.full(n, np.nan)
+        selected[rows] = kept
+        clusters[rows], ranks[rows], distances[rows] = clustering.labels, clustering.ranks, clustering.distances
+
+        sample = rows_for_gaussian = np.arange(len(rows))
+        if len(rows) > _GAUSSIAN_ROWS:
+            rows_for_gaussian = np.random.default_rng(self.seed).choice(sample, _GAUSSIAN_ROWS, replace=False)
+        gaussian = gaussian_variance_explained(
+            x[rows_for_gaussian], ids[rows_for_gaussian].tolist(), clustering.n_clusters, self.seed, self.normalize
+        )
+        _, kept_per_prompt = np.unique(np.asarray(prompt_ids)[selected], return_counts=True)
+        shares = np.bincount(clusters[selected]) / selected.sum()
+        shares = shares[shares > 0]
+        metrics = {
+            "active_pairs": float(selected.sum()),
+            "pairs_per_prompt_mean": float(kept_per_prompt.mean()),
+            "pairs_per_prompt_max": float(kept_per_prompt.max()),
+            "prompts_without_pair": float(len(set(prompt_ids)) - len(kept_per_prompt)),
+            "zero_gradients": float(n - len(rows)),
+            "n_clusters": float(clustering.n_clusters),
+            "cluster_entropy": float(-(shares * np.log(shares)).sum() / max(np.log(clustering.n_clusters), 1e-12)),
+            "variance_explained": clustering.variance_explained,
+            "variance_explained_gaussian": gaussian,
+        }
+        return DepthSelection(selected, clusters, distances, ranks, metrics)
+
+    def _with_floor(
+        self, kept: np.ndarray, distances: np.ndarray, ids: np.ndarray, prompt_ids: np.ndarray
+    ) -> np.ndarray:
+        # Every prompt first keeps its nearest pairs. Whatever that adds to the selection is taken back from the pairs
+        # that lie farthest from their centres and that no prompt needs, so that the budget holds exactly.
+        order = np.lexsort((ids, distances))
+        needed = np.zeros_like(kept)
+        seen: dict[str, int] = {}
+        for index in order:
+            prompt = prompt_ids[index]
+            if seen.get(prompt, 0) < self.min_pairs_per_prompt:
+                needed[index] = True
+                seen[prompt] = seen.get(prompt, 0) + 1
+        n_keep = int(kept.sum())
+        spare = [index for index in order[::-1] if kept[index] and not needed[index]]
+        kept = kept | needed
+        kept[spare[: int(kept.sum()) - n_keep]] = False
+        return kept
