@@ -1,0 +1,227 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+import math
+import statistics
+from dataclasses import dataclass
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_model_dir
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_bpo.evaluation import distinct_n, evaluate_policy, paired_difference, perplexity
+from trl_bpo.generation import Response
+from trl_bpo.verifiable import VerifiableJudge
+
+
+PROMPTS = ["What is the capital of France?", "Write a poem.", "Sort a list.", "Name the sea.", "What is it?"]
+RESPONSES = ["Paris.", "The sea and the wind, please.", " \n", "It depends on what you want to do with it.", "x"]
+
+
+@dataclass
+class ScoredObject:
+    score: float | None
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    path = tiny_model_dir(tmp_path_factory.mktemp("tiny"))
+    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+
+def conversational(prompts):
+    return [[{"role": "user", "content": prompt}] for prompt in prompts]
+
+
+def looped_perplexity(model, tokenizer, prompt, response):
+    if isinstance(prompt, list):
+        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:
+        prompt_ids = tokenizer(prompt)["input_ids"]
+    response_ids = tokenizer(response)["input_ids"]
+    nll = 0.0
+    for position, token in enumerate(response_ids):
+        context = torch.tensor([prompt_ids + response_ids[:position]])
+        with torch.no_grad():
+            nll -= model(context).logits[0, -1].log_softmax(-1)[token].item()
+    return math.exp(nll / len(response_ids))
+
+
+class CannedGenerator:
+    """A policy whose responses are known: for each prompt the next ones of a list."""
+
+    def __init__(self, responses):
+        self.responses = responses
+
+    def __call__(self, prompts, num_responses):
+        assert len(prompts) * num_responses == len(self.responses)
+        taken = iter(self.responses)
+        return [[next(taken) for _ in range(num_responses)] for _ in prompts]
+
+
+def responses_of(*texts, truncated=()):
+    return [Response(text=text, truncated=text in truncated, num_tokens=len(text)) for text in texts]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize("chat", [False, True])
+def test_perplexity_equals_a_loop_over_tokens(tiny, chat, batch_size):
+    model, tokenizer = tiny
+    prompts = conversational(PROMPTS) if chat else PROMPTS
+    values = perplexity(model, tokenizer, prompts, RESPONSES, batch_size=batch_size)
+    assert values[2] is None
+    for prompt, response, value in zip(prompts, RESPONSES, values, strict=True):
+        if value is not None:
+            assert value == pytest.approx(looped_perplexity(model, tokenizer, prompt, response), rel=1e-4)
+    assert len(set(values)) == len(values)
+
+
+def test_perplexity_restores_the_mode_and_leaves_no_gradient(tiny):
+    model, tokenizer = tiny
+    model.train()
+    first = perplexity(model, tokenizer, PROMPTS[:1], RESPONSES[:1])
+    assert model.training
+    model.eval()
+    assert perplexity(model, tokenizer, PROMPTS[:1], RESPONSES[:1]) == first
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert perplexity(model, tokenizer, [], []) == []
+
+
+def test_distinct_n():
+    assert distinct_n(["a b a b"], 1) == 0.5
+    assert distinct_n(["a b a b"], 2) == pytest.approx(2 / 3)
+    assert distinct_n(["The cat", "the  CAT"], 2) == 0.5
+    assert distinct_n(["a b", "c d"], 2) == 1.0  # `b c` would span two texts.
+    assert distinct_n(["", "word"], 2) == 0.0
+    assert distinct_n([], 1) == 0.0
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_report(tiny, chat):
+    model, tokenizer = tiny
+    constraints = [{"kind": "word_count", "args": '{"max": 2}'}]
+    dataset = Dataset.from_dict(
+        {
+            "prompt": conversational(PROMPTS[:3]) if chat else PROMPTS[:3],
+            "constraints": [constraints] * 3,
+            "seen": [True, False, True],
+        }
+    )
+    texts = ["one two", "one two three", "one", "one", "", "a b c d e f"]
+    generator = CannedGenerator(responses_of(*texts, truncated=["a b c d e f"]))
+    report = evaluate_policy(
+        generator, VerifiableJudge(), dataset, model, tokenizer, num_responses=2, group_column="seen"
+    )
+    assert report.prompt_scores == [7.75, 10, 1]
+    assert report.score_mean == pytest.approx(6.25)
+    assert report.score_stderr == pytest.approx(statistics.stdev([7.75, 10, 1]) / math.sqrt(3))
+    assert (report.num_prompts, report.num_responses, report.num_unscored) == (3, 6, 0)
+    assert report.length_mean == pytest.approx(sum(map(len, texts)) / 6)
+    assert report.distinct_1 == pytest.approx(9 / 13)
+    assert report.distinct_2 == pytest.approx(7 / 8)
+    assert report.empty_rate == pytest.approx(1 / 6)
+    assert report.truncated_rate == pytest.approx(1 / 6)
+    prompts = [prompt for prompt in dataset["prompt"] for _ in range(2)]
+    values = perplexity(model, tokenizer, prompts, texts)
+    assert report.perplexity_median == pytest.approx(statistics.median(v for v in values if v is not None), rel=1e-4)
+
+    assert list(report.groups) == ["True", "False"]
+    assert report.groups["True"].prompt_scores == [7.75, 1]
+    assert report.groups["True"].num_responses == 4
+    assert report.groups["False"].score_mean == 10
+    assert report.groups["False"].score_stderr is None
+    assert report.groups["False"].truncated_rate == 0
+    assert report.groups["False"].groups == {}
+
+
+def test_judge_is_called_like_a_reward_function(tiny):
+    calls = []
+
+    def judge(**kwargs):
+        calls.append(kwargs)
+        return [1.0] * len(kwargs["completions"])
+
+    dataset = Dataset.from_dict({"prompt": conversational(PROMPTS[:2]), "topic": ["travel", "writing"]})
+    evaluate_policy(CannedGenerator(responses_of("a", "b", "c", "d")), judge, dataset, *tiny, num_responses=2)
+    (call,) = calls
+    assert set(call) == {"prompts", "completions", "topic"}
+    assert call["topic"] == ["travel", "travel", "writing", "writing"]
+    assert call["prompts"][1] == conversational(PROMPTS)[0]
+    assert call["completions"][2] == [{"role": "assistant", "content": "c"}]
+
+
+def test_unscored_responses_are_counted_and_left_out(tiny):
+    dataset = Dataset.from_dict({"prompt": PROMPTS[:3]})
+    generator = CannedGenerator(responses_of(*"abcdef"))
+    verdicts = [ScoredObject(4.0), ScoredObject(None), None, ScoredObject(None), 8, 6.0]
+    report = evaluate_policy(generator, lambda **_: verdicts, dataset, *tiny, num_responses=2)
+    assert report.prompt_scores == [4, None, 7]
+    assert report.score_mean == 5.5
+    assert report.num_unscored == 3
+    assert report.num_responses == 6
+    none = evaluate_policy(generator, lambda **_: [None] * 6, dataset, *tiny, num_responses=2)
+    assert (none.score_mean, none.score_stderr, none.num_unscored) == (None, None, 6)
+
+
+def test_all_empty_responses_have_no_perplexity(tiny):
+    dataset = Dataset.from_dict({"prompt": PROMPTS[:2]})
+    report = evaluate_policy(CannedGenerator(responses_of("", " ")), lambda **_: [1, 1], dataset, *tiny)
+    assert report.perplexity_median is None
+    assert (report.empty_rate, report.distinct_1, report.score_mean) == (1, 0, 1)
+
+
+def test_perplexity_is_the_base_models_when_the_policy_has_an_adapter(tmp_path):
+    path = tiny_model_dir(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    base = AutoModelForCausalLM.from_pretrained(path)
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(path), LoraConfig(r=4, init_lora_weights=False))
+    dataset = Dataset.from_dict({"prompt": PROMPTS[:2]})
+    generator = CannedGenerator(responses_of(RESPONSES[0], RESPONSES[1]))
+    of_base, of_policy = (
+        evaluate_policy(generator, lambda **_: [1, 2], dataset, m, tokenizer) for m in (base, policy)
+    )
+    assert of_policy.perplexity_median == pytest.approx(of_base.perplexity_median, rel=1e-5)
+    with_adapter = perplexity(policy, tokenizer, PROMPTS[:2], RESPONSES[:2])
+    assert statistics.median(with_adapter) != pytest.approx(of_base.perplexity_median, rel=1e-2)
+
+
+def test_errors(tiny):
+    dataset = Dataset.from_dict({"prompt": PROMPTS[:2]})
+    generator = CannedGenerator(responses_of("a", "b"))
+    with pytest.raises(ValueError, match="no column `seen`. Its columns: prompt"):
+        evaluate_policy(generator, lambda **_: [1, 2], dataset, *tiny, group_column="seen")
+    with pytest.raises(ValueError, match="no column `prompt`"):
+        evaluate_policy(generator, lambda **_: [1, 2], dataset.rename_column("prompt", "text"), *tiny)
+    with pytest.raises(ValueError, match="`dataset` is empty"):
+        evaluate_policy(generator, lambda **_: [], dataset.select([]), *tiny)
+    with pytest.raises(ValueError, match="got 1 for 2 responses"):
+        evaluate_policy(generator, lambda **_: [1], dataset, *tiny)
+
+
+def test_paired_difference():
+    mean, stderr = paired_difference([1, 2, None, 3], [2, 4, 9, 3])
+    assert mean == pytest.approx(1)
+    assert stderr == pytest.approx(1 / math.sqrt(3))
+    assert paired_difference([1, None], [3, 2]) == (2, None)
+    # Prompts of very different difficulty do not blur a change that is the same for all of them.
+    assert paired_difference([1, 5, 9], [1.5, 5.5, 9.5]) == (0.5, 0)
+    with pytest.raises(ValueError, match="got 1 and 2 scores"):
+        paired_difference([1], [1, 2])
+    with pytest.raises(ValueError, match="No prompt has a score in both"):
+        paired_difference([None, 1], [1, None])
