@@ -1,0 +1,468 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from datasets import Dataset, load_dataset
+from minihub import MiniHub
+from tiny import tiny_model_dir
+
+from trl_bpo.hub import CuratedCardData, create_dataset_card, push_curated_dataset, save_curated_dataset
+
+
+# Real clients in a process of their own, since they read the endpoint when they are imported.
+PUSH = """
+import dataclasses, json, sys
+from datasets import Dataset, load_dataset
+from huggingface_hub import DatasetCard, metadata_update
+from trl_bpo.hub import CuratedCardData, push_curated_dataset
+
+rows = {"prompt": ["p", "q", "q"], "chosen": ["a", "b", "c"], "rejected": ["x", "y", "z"]}
+first = Dataset.from_dict(rows)
+second = Dataset.from_dict({**rows, "score_chosen": [9.0, 8.5, 7.0]})
+data = CuratedCardData(pretty_name="Kept", policy_model="org/policy", num_pairs=3, num_prompts=2,
+                       pairs_per_prompt={0: 1, 1: 1, 2: 1})
+result = {}
+
+def outcome(*args, **kwargs):
+    try:
+        return push_curated_dataset(*args, **kwargs)
+    except Exception as error:
+        return [isinstance(error, ValueError), str(error), *error.__notes__]
+
+def read(*args, **kwargs):
+    return load_dataset(*args, split="train", download_mode="force_redownload", **kwargs).to_dict()
+
+result["url"] = push_curated_dataset(first, "tester/kept", data, private=True)
+result["default"] = read("tester/kept")
+# The publisher sets what the card asks for, and tags.
+metadata_update("tester/kept", {"license": "cc-by-4.0", "tags": ["own"]}, repo_type="dataset", overwrite=True)
+push_curated_dataset(second, "tester/kept", dataclasses.replace(data, pretty_name="Round 2"), config_name="round2")
+result["round2"] = read("tester/kept", "round2")
+result["default_again"] = read("tester/kept", "default")
+# The same configuration with another column.
+push_curated_dataset(second, "tester/kept", data)
+result["replaced"] = read("tester/kept")
+result["round2_again"] = read("tester/kept", "round2")
+push_curated_dataset(first, "tester/kept", data, revision="draft", commit_message="A draft")
+result["draft"] = read("tester/kept", revision="draft")
+result["main_after_draft"] = read("tester/kept")
+result["forbidden"] = outcome(first, "other/kept", data, saved_to="saved here")
+result["unreadable"] = outcome(first, "tester/unreadable", data, saved_to="saved here")
+json.dump(result, open(sys.argv[1], "w"))
+"""
+
+
+def make_dataset(n=4):
+    return Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": f"Question {i // 2}"}] for i in range(n)],
+            "chosen": [[{"role": "assistant", "content": f"Good {i}"}] for i in range(n)],
+            "rejected": [[{"role": "assistant", "content": f"Bad {i}"}] for i in range(n)],
+            "score_chosen": [9.0] * n,
+            "topic": ["a"] * n,
+        }
+    )
+
+
+def make_card_data(**kwargs):
+    defaults = dict(
+        pretty_name="Arena pairs",
+        policy_model="org/policy-1B",
+        num_pairs=4,
+        num_prompts=2,
+        source_datasets=["org/source", "prompts.jsonl"],
+        source_revision="abc123",
+        source_split="train[:10%]",
+        judge="gpt-4.1",
+        license="cc-by-4.0",
+        date="2026-05-04",
+        funnel=[("source", 61135, "rows read"), ("breadth", 6113, "nearest to their centres"), ("depth", 4, "")],
+        settings={"breadth_fraction": 0.1, "num_responses": 4, "normalize": True, "seed": None},
+        setting_notes={"num_responses": "not specified by the paper"},
+        metrics={"variance explained": 0.054321, "variance explained, Gaussian": 0.061},
+        pairs_per_prompt={0: 1500, 1: 1, 3: 1},
+        columns={"topic": "Topic of the source row"},
+        versions={"trl_bpo": "0.1.0", "trl": "1.16.0"},
+    )
+    return CuratedCardData(**{**defaults, **kwargs})
+
+
+def split_card(card):
+    _, front_matter, body = str(card).split("---\n", 2)
+    return yaml.safe_load(front_matter), body
+
+
+def sections(body):
+    parts = re.split(r"^## (.+)$", body, flags=re.MULTILINE)
+    return {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+
+
+def table(text):
+    rows = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return rows[:1] + rows[2:]
+
+
+class TestCreateDatasetCard:
+    def test_whole_card(self):
+        card = create_dataset_card(make_dataset(), make_card_data(), picture="pairs_per_prompt.png")
+        metadata, body = split_card(card)
+        assert metadata == {
+            "pretty_name": "Arena pairs",
+            "license": "cc-by-4.0",
+            "tags": ["trl", "bpo", "preference", "dpo"],
+            "task_categories": ["text-generation"],
+            "size_categories": ["n<1K"],
+        }
+        parts = sections(body)
+        assert list(parts) == [
+            "",
+            "How the data was curated",
+            "Settings",
+            "Measured on the selection",
+            "Pairs per prompt",
+            "Columns",
+            "Use",
+            "Limits",
+            "Citation",
+            "Versions",
+        ]
+        assert parts[""].startswith("\n# Arena pairs\n")
+        assert (
+            "[BPO: Towards Balanced Preference Optimization between Knowledge Breadth and Depth in Alignment]"
+            "(https://huggingface.co/papers/2411.10914)" in parts[""]
+        )
+        assert table(parts[""]) == [
+            ["Property", "Value"],
+            ["Pairs", "4"],
+            ["Prompts", "2"],
+            ["Source data", "`org/source`, `prompts.jsonl`"],
+            ["Source revision", "`abc123`"],
+            ["Source split", r"train\[:10%\]"],
+            ["Policy that wrote the responses", "`org/policy-1B`"],
+            ["Judge", "`gpt-4.1`"],
+            ["Licence", "cc-by-4.0"],
+            ["Date", "2026-05-04"],
+        ]
+        assert table(parts["How the data was curated"]) == [
+            ["Stage", "Rows kept", "Note"],
+            ["source", "61,135", "rows read"],
+            ["breadth", "6,113", "nearest to their centres"],
+            ["depth", "4", ""],
+        ]
+        assert table(parts["Settings"]) == [
+            ["Option", "Value", "Note"],
+            ["`breadth_fraction`", "0.1", ""],
+            ["`num_responses`", "4", "not specified by the paper"],
+            ["`normalize`", "`True`", ""],
+            ["`seed`", "`None`", ""],
+        ]
+        assert table(parts["Measured on the selection"]) == [
+            ["Measure", "Value"],
+            ["variance explained", "0.05432"],
+            ["variance explained, Gaussian", "0.061"],
+        ]
+        assert table(parts["Pairs per prompt"]) == [
+            ["Pairs kept", "Prompts"],
+            ["0", "1,500"],
+            ["1", "1"],
+            ["3", "1"],
+        ]
+        assert re.search(r"!\[Bar chart.*0: 1,500; 1: 1; 3: 1.*\]\(pairs_per_prompt\.png\)", parts["Pairs per prompt"])
+        assert "Mean 0.002663 pairs a prompt, Gini coefficient 0.999," in parts["Pairs per prompt"]
+        messages = "`list of {role: string, content: string}`"
+        assert [row[:2] for row in table(parts["Columns"])[1:4]] == [
+            ["`prompt`", messages],
+            ["`chosen`", messages],
+            ["`rejected`", messages],
+        ]
+        assert table(parts["Columns"])[4:] == [
+            ["`score_chosen`", "`float64`", "Score of the better response"],
+            ["`topic`", "`string`", "Topic of the source row"],
+        ]
+        assert 'load_dataset("path/to/this/folder", split="train")' in parts["Use"]
+        assert "DPOTrainer(" in parts["Use"] and 'model="org/policy-1B"' in parts["Use"]
+        assert "written by a language model" in parts["Limits"] and "judge" in parts["Limits"]
+        assert "@inproceedings{wang2025bpo" in parts["Citation"] and "Sizhe Wang and Yongqi Tong" in parts["Citation"]
+        assert table(parts["Versions"]) == [["Package", "Version"], ["`trl_bpo`", "`0.1.0`"], ["`trl`", "`1.16.0`"]]
+        # No code fence, table or section is left open or runs into the next one.
+        assert body.count("```") == 6
+        assert "\n\n\n" not in body
+        assert "{{ " not in body and "{%" not in body
+
+    def test_least_card(self):
+        data = CuratedCardData(pretty_name="Pairs", policy_model="policy", num_pairs=4, num_prompts=2)
+        metadata, body = split_card(create_dataset_card(make_dataset(), data))
+        assert "license" not in metadata
+        overview = dict(table(sections(body)[""]))
+        assert overview["Licence"] == "not set"
+        assert overview["Judge"] == overview["Source data"] == overview["Source revision"] == "not recorded"
+        assert "the publisher has to set a licence" in body
+        assert "Measured on the selection" not in body and "Pairs per prompt" not in body
+        assert "Date" not in overview
+        assert set(data.versions) == {"trl_bpo", "trl", "transformers", "datasets", "torch"}
+
+    def test_no_picture(self):
+        assert "![" not in str(create_dataset_card(make_dataset(), make_card_data()))
+
+    def test_repository_and_configuration(self):
+        card = create_dataset_card(make_dataset(), make_card_data(repo_id="me/kept"), config_name="round2")
+        assert 'load_dataset("me/kept", "round2", split="train")' in str(card)
+        assert "describes the configuration `round2`" in str(card)
+
+    @pytest.mark.parametrize(
+        "num_rows, category",
+        [(999, "n<1K"), (1000, "1K<n<10K"), (10**5, "100K<n<1M"), (10**7, "n>10M")],
+    )
+    def test_size_category(self, num_rows, category):
+        dataset = Dataset.from_dict({"prompt": [""] * num_rows})
+        assert create_dataset_card(dataset, make_card_data()).data.size_categories == [category]
+
+    def test_fields_of_an_earlier_card(self):
+        metadata = {
+            "license": ["mit", "odc-by"],
+            "tags": ["own", "dpo"],
+            "language": ["en"],
+            "configs": [{"config_name": "old"}],
+        }
+        card = create_dataset_card(make_dataset(), make_card_data(license=None), metadata=metadata)
+        assert card.data.license == ["mit", "odc-by"]
+        assert card.data.tags == ["own", "dpo", "trl", "bpo", "preference"]
+        assert card.data.language == ["en"]
+        assert card.data.to_dict()["configs"] == [{"config_name": "old"}]
+        assert dict(table(sections(str(card))[""]))["Licence"] == "mit, odc-by"
+        assert create_dataset_card(make_dataset(), make_card_data(), metadata=metadata).data.license == "cc-by-4.0"
+
+    @pytest.mark.parametrize(
+        "nasty",
+        [
+            "a\n---\nlicense: mit\n---\n# Owned",
+            "a | b | c",
+            "<script>alert(1)</script>",
+            "```\n<img src=x onerror=alert(1)>",
+            "`a` **b** [c](javascript:d) ![e](f) __g__",
+            "x: {y}\u2028: [z] # 'w' \"v\" \\ \u202e \x00\x1b[31m",
+            '"); import os; ("',
+            "{{ title }}{% raw %}",
+            "&lt;b&gt; $x$ ~~y~~ \\|",
+            "- item",
+        ],
+    )
+    def test_names_cannot_break_out(self, nasty):
+        harmless, dangerous = (
+            create_dataset_card(
+                # A column's name cannot hold a NUL.
+                Dataset.from_dict({"prompt": ["a"], name.replace("\x00", ""): ["b"]}),
+                make_card_data(
+                    pretty_name=name,
+                    policy_model=name,
+                    judge=name,
+                    source_datasets=[name],
+                    source_revision=name,
+                    source_split=name,
+                    license=name,
+                    repo_id=name,
+                    date=name,
+                    funnel=[(name, 1, name)],
+                    settings={name: name},
+                    setting_notes={name: name},
+                    metrics={name: name},
+                    columns={name: name},
+                    versions={name: name},
+                ),
+            )
+            for name in ("plain", nasty)
+        )
+        expected_metadata, expected = split_card(harmless)
+        metadata, body = split_card(dangerous)
+        assert metadata.keys() == expected_metadata.keys()
+        assert metadata["tags"] == expected_metadata["tags"]
+        # The card has the same lines, the same cells in each of its tables and the same sections.
+        assert len(body.splitlines()) == len(expected.splitlines())
+        assert [line.count("|") for line in body.splitlines()] == [line.count("|") for line in expected.splitlines()]
+        assert list(sections(body)) == list(sections(expected))
+        assert body.count("```") == expected.count("```")
+        # Outside of code spans and blocks, nothing but the card's own links and images is left.
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", body, flags=re.DOTALL)
+        assert "<" not in text
+        assert "`" not in text
+        own_links = re.findall(r"(?<!\\)\]\(.*?\)", re.sub(r"```.*?```|`[^`\n]*`", "", expected, flags=re.DOTALL))
+        assert re.findall(r"(?<!\\)\]\(.*?\)", text) == own_links
+        assert all(char.isprintable() or char == "\n" for char in body)
+        assert 'load_dataset("path/to/this/folder", split="train")' in body
+        assert 'model="path/to/the/policy"' in body
+
+
+class TestSaveCuratedDataset:
+    def test_load_dataset_reads_it_back(self, tmp_path):
+        dataset = make_dataset()
+        save_curated_dataset(dataset, tmp_path / "out" / "kept", make_card_data())
+        loaded = load_dataset(str(tmp_path / "out" / "kept"), cache_dir=tmp_path / "cache")
+        assert list(loaded) == ["train"]
+        assert loaded["train"].features == dataset.features
+        assert loaded["train"].to_list() == dataset.to_list()
+
+    def test_files(self, tmp_path):
+        save_curated_dataset(make_dataset(), tmp_path, make_card_data())
+        files = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+        assert files == {"README.md", "pairs_per_prompt.png", "data/train-00000-of-00001.parquet"}
+        assert (tmp_path / "pairs_per_prompt.png").read_bytes().startswith(b"\x89PNG")
+        assert "](pairs_per_prompt.png)" in (tmp_path / "README.md").read_text()
+
+    def test_without_histogram_there_is_no_picture(self, tmp_path):
+        save_curated_dataset(make_dataset(), tmp_path, make_card_data(pairs_per_prompt={}))
+        assert not (tmp_path / "pairs_per_prompt.png").exists()
+        assert "![" not in (tmp_path / "README.md").read_text()
+
+    def test_without_matplotlib_there_is_no_picture(self, tmp_path, monkeypatch, caplog):
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        save_curated_dataset(make_dataset(), tmp_path, make_card_data())
+        assert not (tmp_path / "pairs_per_prompt.png").exists()
+        card = (tmp_path / "README.md").read_text()
+        assert "![" not in card and "| 0 | 1,500 |" in card
+        assert "pip install 'trl_bpo[report]'" in caplog.text
+
+    def test_a_selection_of_rows_is_saved_in_its_order(self, tmp_path):
+        dataset = make_dataset(10).select([7, 2, 5])
+        save_curated_dataset(dataset, tmp_path / "kept", make_card_data())
+        loaded = load_dataset(str(tmp_path / "kept"), split="train", cache_dir=tmp_path / "cache")
+        assert loaded.to_list() == dataset.to_list()
+
+    def test_shards_and_saving_again(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("trl_bpo.hub._MAX_SHARD_BYTES", 1000)
+        save_curated_dataset(make_dataset(60), tmp_path / "kept", make_card_data())
+        assert len(list((tmp_path / "kept" / "data").iterdir())) > 2
+        (tmp_path / "kept" / "notes.txt").write_text("mine")
+        loaded = load_dataset(str(tmp_path / "kept"), split="train", cache_dir=tmp_path / "cache")
+        assert loaded.to_list() == make_dataset(60).to_list()
+        monkeypatch.undo()
+        save_curated_dataset(make_dataset(6), tmp_path / "kept", make_card_data())
+        loaded = load_dataset(str(tmp_path / "kept"), split="train", cache_dir=tmp_path / "cache")
+        assert loaded.to_list() == make_dataset(6).to_list()
+        assert (tmp_path / "kept" / "notes.txt").read_text() == "mine"
+
+    def test_the_code_of_the_card_trains(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        model = tiny_model_dir(tmp_path / "policy")
+        dataset = make_dataset(4).add_column("pair_id", ["x"] * 4).add_column("depth_selected", [True] * 4)
+        data = make_card_data(policy_model=model, repo_id=str(tmp_path / "kept"))
+        save_curated_dataset(dataset, tmp_path / "kept", data)
+        code = "\n".join(re.findall(r"```python\n(.*?)```", (tmp_path / "kept" / "README.md").read_text(), re.DOTALL))
+        options = f'output_dir="{tmp_path}", max_steps=1, use_cpu=True, bf16=False, report_to="none"'
+        assert 'output_dir="bpo-model"' in code
+        scope = {}
+        exec(code.replace('output_dir="bpo-model"', options), scope)
+        assert scope["trainer"].state.global_step == 1
+
+
+class TestPushCuratedDataset:
+    @pytest.fixture(scope="class")
+    def pushed(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("push")
+
+        def fault(method, path):
+            if "tester/unreadable" in path and path.endswith("README.md"):
+                return 403, "Not now", "Disabled"
+            return None
+
+        with MiniHub() as hub:
+            hub.fault = fault
+            env = {
+                **os.environ,
+                "HF_ENDPOINT": hub.url,
+                "HF_TOKEN": "hf_test",
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "HF_HOME": str(folder),
+            }
+            env.pop("HF_HUB_OFFLINE", None)
+            run = [sys.executable, "-c", PUSH, str(folder / "result.json")]
+            process = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300)
+            assert process.returncode == 0, process.stderr
+            yield hub, json.loads((folder / "result.json").read_text())
+
+    rows = {"prompt": ["p", "q", "q"], "chosen": ["a", "b", "c"], "rejected": ["x", "y", "z"]}
+    more_rows = {**rows, "score_chosen": [9.0, 8.5, 7.0]}
+
+    def test_reads_back(self, pushed):
+        hub, result = pushed
+        assert result["url"] == f"{hub.url}/datasets/tester/kept"
+        assert hub.repos["dataset", "tester/kept"].private
+        assert result["default"] == self.rows
+
+    def test_second_configuration_keeps_the_first(self, pushed):
+        _, result = pushed
+        assert result["round2"] == self.more_rows
+        assert result["default_again"] == self.rows
+
+    def test_pushing_again_with_other_columns(self, pushed):
+        _, result = pushed
+        assert result["replaced"] == self.more_rows
+        assert result["round2_again"] == self.more_rows
+
+    def test_card_on_the_hub(self, pushed):
+        hub, _ = pushed
+        files = hub.files("dataset", "tester/kept")
+        metadata, body = split_card(files["README.md"].decode())
+        assert {config["config_name"] for config in metadata["configs"]} == {"default", "round2"}
+        assert {info["config_name"] for info in metadata["dataset_info"]} == {"default", "round2"}
+        assert metadata["license"] == "cc-by-4.0"
+        assert set(metadata["tags"]) == {"own", "trl", "bpo", "preference", "dpo"}
+        assert body.startswith("\n# Kept\n")
+        assert 'load_dataset("tester/kept", split="train")' in body
+        assert "](pairs_per_prompt.png)" in body
+        assert files["pairs_per_prompt.png"].startswith(b"\x89PNG")
+        assert files["round2/pairs_per_prompt.png"].startswith(b"\x89PNG")
+
+    def test_revision(self, pushed):
+        hub, result = pushed
+        assert result["draft"] == self.rows
+        assert result["main_after_draft"] == self.more_rows
+        titles = [entry["title"] for entry in hub.repos["dataset", "tester/kept"].log if entry["ref"] == "draft"]
+        assert titles == ["A draft", "A draft"]
+
+    def test_error_says_where_the_data_is(self, pushed):
+        _, result = pushed
+        is_value_error, message, note = result["forbidden"]
+        assert not is_value_error and "403" in message
+        assert "saved in 'saved here'" in note and "`push_curated_dataset`" in note
+        assert "hf upload other/kept 'saved here' . --repo-type dataset" in note
+
+    def test_unreadable_card_is_not_overwritten(self, pushed):
+        hub, result = pushed
+        assert len(result["unreadable"]) == 3
+        assert list(hub.files("dataset", "tester/unreadable")) == [".gitattributes"]
+
+    @pytest.mark.parametrize("repo_id", ["a/b/c", "me/bad name", "me/..", ""])
+    def test_bad_repo_id(self, repo_id):
+        with pytest.raises(ValueError) as info:
+            push_curated_dataset(make_dataset(), repo_id, make_card_data(), token="hf_test", saved_to="kept")
+        assert "saved in 'kept'" in info.value.__notes__[0]
+
+    def test_bad_config_name(self):
+        with pytest.raises(ValueError, match="`config_name` is '../x'"):
+            push_curated_dataset(make_dataset(), "me/kept", make_card_data(), token="hf_test", config_name="../x")
+
+    def test_missing_token(self, monkeypatch, tmp_path):
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+        with pytest.raises(ValueError, match="No Hugging Face token.*`HF_TOKEN`"):
+            push_curated_dataset(make_dataset(), "me/kept", make_card_data())
