@@ -18,15 +18,25 @@ from ._version import __version__
 from .bpo_config import BPOConfig
 from .bpo_trainer import BPOTrainer
 from .breadth import BreadthSelection, BreadthSelector
+from .collector import BPODataCollector
 from .depth import DepthSelection, DepthSelector
+from .generation import TransformersGenerator
+from .judging import OpenAIJudge, RewardModelJudge, Verdict
+from .verifiable import VerifiableJudge
 
 
 __all__ = [
     "BPOConfig",
+    "BPODataCollector",
     "BPOTrainer",
     "BreadthSelection",
     "BreadthSelector",
     "DepthSelection",
     "DepthSelector",
+    "OpenAIJudge",
+    "RewardModelJudge",
+    "TransformersGenerator",
+    "Verdict",
+    "VerifiableJudge",
     "__version__",
 ]

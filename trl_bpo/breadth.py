@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
 
 from .clustering import SCOPES, budget, check_fraction, check_n_clusters, cluster, nearest_to_centre
 from .prompts import prompt_id, render_prompt
@@ -86,8 +86,9 @@ class BreadthSelection:
 
     @property
     def kept(self) -> Dataset:
-        """The rows that were kept."""
-        return self.dataset.select(np.flatnonzero(self.dataset["breadth_selected"]))
+        """The rows that were kept, without `breadth_dropped`."""
+        kept = self.dataset.select(np.flatnonzero(self.dataset["breadth_selected"]))
+        return kept.remove_columns("breadth_dropped")
 
     @property
     def dropped(self) -> Dataset:
@@ -251,9 +252,9 @@ class BreadthSelector:
             "breadth_distance": clustering.distances[inverse],
             "breadth_rank": clustering.ranks[inverse],
             "breadth_selected": kept,
-            "breadth_dropped": reasons,
         }.items():
             dataset = dataset.add_column(column, values)
+        dataset = dataset.add_column("breadth_dropped", reasons, feature=Value("string"))
         selection = BreadthSelection(
             dataset=dataset,
             rows=len(dataset),

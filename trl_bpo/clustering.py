@@ -105,8 +105,10 @@ def _fit(features: np.ndarray, n_clusters: int, seed: int) -> tuple[np.ndarray, 
     with threadpool_limits(limits=1):
         kmeans = KMeans(n_clusters=n_clusters, n_init=1, random_state=seed).fit(features)
     residuals = features - kmeans.cluster_centers_[kmeans.labels_]
+    # The mean of equal rows is rounded, so that their total is not exactly zero.
+    distinct = bool((features != features[0]).any())
     total = float(((features - features.mean(axis=0)) ** 2).sum())
-    variance_explained = 1.0 - float((residuals**2).sum()) / total if total > 0 else 0.0
+    variance_explained = 1.0 - float((residuals**2).sum()) / total if distinct else 0.0
     return kmeans.labels_.astype(np.int64), np.sqrt((residuals**2).sum(axis=1)), variance_explained
 
 

@@ -44,7 +44,7 @@ from .clustering import (
 
 logger = logging.getLogger(__name__)
 
-# The Gaussian costs a matrix product of (n, n) by (n, d), so it is drawn from a sample of a larger pool.
+# The Gaussian costs a matrix product of (n, n) by (n, d), so a larger pool is compared by a sample of it.
 _GAUSSIAN_ROWS = 4096
 
 
@@ -238,11 +238,15 @@ class DepthSelector:
         selected[rows] = kept
         clusters[rows], ranks[rows], distances[rows] = clustering.labels, clustering.ranks, clustering.distances
 
-        sample = rows_for_gaussian = np.arange(len(rows))
+        variance_explained = clustering.variance_explained
         if len(rows) > _GAUSSIAN_ROWS:
-            rows_for_gaussian = np.random.default_rng(self.seed).choice(sample, _GAUSSIAN_ROWS, replace=False)
+            # The share explained depends on the number of rows a cluster, so both sides are taken over the sample.
+            sample = np.random.default_rng(self.seed).choice(len(rows), _GAUSSIAN_ROWS, replace=False)
+            x, ids = x[sample], ids[sample]
+            n_clusters = min(clustering.n_clusters, _GAUSSIAN_ROWS)
+            variance_explained = cluster(x, ids.tolist(), n_clusters, self.seed).variance_explained
         gaussian = gaussian_variance_explained(
-            x[rows_for_gaussian], ids[rows_for_gaussian].tolist(), clustering.n_clusters, self.seed, self.normalize
+            x, ids.tolist(), min(clustering.n_clusters, len(x)), self.seed, self.normalize
         )
         _, kept_per_prompt = np.unique(np.asarray(prompt_ids)[selected], return_counts=True)
         shares = np.bincount(clusters[selected]) / selected.sum()
@@ -254,8 +258,8 @@ class DepthSelector:
             "prompts_without_pair": float(len(set(prompt_ids)) - len(kept_per_prompt)),
             "zero_gradients": float(n - len(rows)),
             "n_clusters": float(clustering.n_clusters),
-            "cluster_entropy": float(-(shares * np.log(shares)).sum() / max(np.log(clustering.n_clusters), 1e-12)),
-            "variance_explained": clustering.variance_explained,
+            "cluster_entropy": float((shares * -np.log(shares)).sum() / max(np.log(clustering.n_clusters), 1e-12)),
+            "variance_explained": variance_explained,
             "variance_explained_gaussian": gaussian,
         }
         return DepthSelection(selected, clusters, distances, ranks, metrics)

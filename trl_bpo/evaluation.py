@@ -330,3 +330,52 @@ def paired_difference(
     if mean is None:
         raise ValueError("No prompt has a score in both `before_scores` and `after_scores`.")
     return mean, stderr
+
+
+def comparison_table(before: PolicyReport, after: PolicyReport) -> str:
+    """
+    Plain text table of a policy before and after training on the same prompts.
+
+    Scores are given as mean and standard error over prompts; the change of a score is the paired one of
+    [`paired_difference`]. The other rows say at what price a score was won: a policy that merely writes longer, shorter,
+    more alike or less fluent answers shows there.
+
+    Args:
+        before ([`PolicyReport`]):
+            Report before training.
+        after ([`PolicyReport`]):
+            Report after training, on the same prompts.
+
+    Returns:
+        `str`: The aligned table with a heading, without a newline at its end.
+    """
+
+    def spread(mean: float | None, stderr: float | None) -> str:
+        if mean is None:
+            return "none"
+        return f"{mean:.2f}" if stderr is None else f"{mean:.2f} ± {stderr:.2f}"
+
+    rows = [("", "before", "after", "change")]
+    groups = [("score, all prompts", before, after)]
+    groups += [(f"score, {name}", report, after.groups[name]) for name, report in before.groups.items()]
+    for name, old, new in groups:
+        change = spread(*paired_difference(old.prompt_scores, new.prompt_scores))
+        label = f"{name} ({old.num_prompts})"
+        rows.append(
+            (label, spread(old.score_mean, old.score_stderr), spread(new.score_mean, new.score_stderr), change)
+        )
+    for name, attribute in {
+        "tokens a response": "length_mean",
+        "distinct-1": "distinct_1",
+        "distinct-2": "distinct_2",
+        "empty responses": "empty_rate",
+        "cut at the token limit": "truncated_rate",
+        "perplexity under the base model": "perplexity_median",
+    }.items():
+        old_value, new_value = getattr(before, attribute), getattr(after, attribute)
+        difference = None if old_value is None or new_value is None else new_value - old_value
+        rows.append((name, spread(old_value, None), spread(new_value, None), spread(difference, None)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

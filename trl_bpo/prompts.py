@@ -41,7 +41,7 @@ def _sha256(value: Any) -> str:
 
 
 def _parse_tools(tools: str | list | None) -> list | None:
-    return json.loads(tools) if isinstance(tools, str) and tools else tools or None
+    return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
 
 
 def prompt_id(prompt: str | list[dict], tools: str | list | None = None) -> str:

@@ -1,0 +1,401 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl_bpo[embeddings,openai,report]",
+# ]
+# ///
+
+"""
+BPO end to end: from prompts, scored responses or preference pairs to a trained policy and a curated dataset.
+
+# Quickstart: no hub, no key, no GPU
+```bash
+accelerate launch recipes/bpo.py --quickstart
+```
+
+# From prompts, with a judge behind an OpenAI-compatible API
+```bash
+accelerate launch recipes/bpo.py --config recipes/configs/ultrafeedback.yaml
+```
+
+# From preference pairs in a file
+```bash
+accelerate launch recipes/bpo.py \
+    --dataset_name pairs.jsonl \
+    --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
+    --use_peft \
+    --depth_fraction 0.25 \
+    --output_dir Qwen2.5-0.5B-BPO
+```
+"""
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from trl import ScriptArguments
+
+
+@dataclass
+class BPOScriptArguments(ScriptArguments):
+    r"""
+    Arguments of this script, beside those of [`~trl_bpo.BPOConfig`] and [`~trl.ModelConfig`].
+
+    `dataset_name` is a Hub id, a folder, or a JSON, Parquet or CSV file; `dataset_train_split` may be a slice.
+
+    Parameters:
+        quickstart (`bool`, *optional*, defaults to `False`):
+            Run the embedded example, with the options of `trl_bpo/quickstart/quickstart.yaml`.
+
+        > Parameters that control the data
+
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column that holds the prompt.
+        start_from (`str`, *optional*, defaults to `"auto"`):
+            Stage to start at: `prompts`, `responses`, `scores` or `pairs`. `auto` takes the furthest that the columns
+            allow.
+        to_messages (`bool`, *optional*, defaults to `False`):
+            Turn text prompts into messages, so that the chat template of the policy applies.
+
+        > Parameters that control breadth
+
+        breadth_fraction (`float`, *optional*, defaults to `1.0`):
+            Fraction of the distinct prompts to keep, in (0, 1]. 1.0 keeps all.
+        breadth_encoder (`str`, *optional*, defaults to `"sentence-transformers/all-MiniLM-L6-v2"`):
+            Sentence-transformers model id or path.
+        breadth_clusters (`int`, *optional*):
+            Number of clusters. If `None`, `round(sqrt(n / 2))`.
+        breadth_scope (`str`, *optional*, defaults to `"per_cluster"`):
+            `per_cluster` or `overall`.
+
+        > Parameters that control the candidates
+
+        num_responses (`int`, *optional*, defaults to `8`):
+            Responses that the policy samples a prompt.
+        max_new_tokens (`int`, *optional*, defaults to `512`):
+            Token limit of a response.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Nucleus of the sampling.
+        generation_batch_size (`int`, *optional*, defaults to `16`):
+            Sequences that are generated together.
+
+        > Parameters that control the judge and the pairs
+
+        judge (`str`, *optional*, defaults to `"openai"`):
+            `openai` (any OpenAI-compatible API; the key comes from `OPENAI_API_KEY`), `reward_model`, or `verifiable`
+            (checks the instructions in the column `constraints` by program).
+        judge_model (`str`, *optional*):
+            Model of the judge: its name at the API, or id or path of the reward model.
+        judge_base_url (`str`, *optional*):
+            Address of the API.
+        judge_prompt_file (`str`, *optional*):
+            File with another prompt template for the judge.
+        judge_concurrency (`int`, *optional*, defaults to `8`):
+            Requests to the judge under way at once.
+        pair_rule (`str`, *optional*, defaults to `"uniform"`):
+            `uniform`, `all`, `adjacent` or `best_worst`.
+        min_margin (`float`, *optional*, defaults to `0.0`):
+            Difference of scores below which two responses make no pair.
+        allow_truncated_chosen (`bool`, *optional*, defaults to `False`):
+            Whether a response that was cut at the token limit may be the chosen one.
+    """
+
+    quickstart: bool = field(
+        default=False, metadata={"help": "Run the embedded example: no hub, no key and no GPU needed."}
+    )
+
+    # Parameters that control the data
+    prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompt."})
+    start_from: str = field(
+        default="auto",
+        metadata={"help": "Stage to start at: auto, prompts, responses, scores or pairs. auto: as the columns allow."},
+    )
+    to_messages: bool = field(
+        default=False,
+        metadata={"help": "Turn text prompts into messages, so that the chat template of the policy applies."},
+    )
+
+    # Parameters that control breadth
+    breadth_fraction: float = field(
+        default=1.0, metadata={"help": "Fraction of the distinct prompts to keep, in (0, 1]. 1.0 keeps all."}
+    )
+    breadth_encoder: str = field(
+        default="sentence-transformers/all-MiniLM-L6-v2",
+        metadata={"help": "Sentence-transformers model id or path."},
+    )
+    breadth_clusters: int | None = field(
+        default=None, metadata={"help": "Number of clusters of prompts. If None, round(sqrt(n / 2))."}
+    )
+    breadth_scope: str = field(default="per_cluster", metadata={"help": "per_cluster or overall."})
+
+    # Parameters that control the candidates
+    num_responses: int = field(default=8, metadata={"help": "Responses that the policy samples a prompt."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Token limit of a response."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus of the sampling."})
+    generation_batch_size: int = field(default=16, metadata={"help": "Sequences that are generated together."})
+
+    # Parameters that control the judge and the pairs
+    judge: str = field(
+        default="openai",
+        metadata={"help": "Who scores the responses.", "choices": ["openai", "reward_model", "verifiable"]},
+    )
+    judge_model: str | None = field(
+        default=None, metadata={"help": "Name of the judge at the API, or id or path of the reward model."}
+    )
+    judge_base_url: str | None = field(default=None, metadata={"help": "Address of the OpenAI-compatible API."})
+    judge_prompt_file: str | None = field(
+        default=None, metadata={"help": "File with another prompt template for the judge."}
+    )
+    judge_concurrency: int = field(default=8, metadata={"help": "Requests to the judge under way at once."})
+    pair_rule: str = field(default="uniform", metadata={"help": "uniform, all, adjacent or best_worst."})
+    min_margin: float = field(
+        default=0.0, metadata={"help": "Difference of scores below which two responses make no pair."}
+    )
+    allow_truncated_chosen: bool = field(
+        default=False, metadata={"help": "Whether a response cut at the token limit may be the chosen one."}
+    )
+
+
+def make_judge(script_args: BPOScriptArguments) -> Any:
+    from trl_bpo import OpenAIJudge, RewardModelJudge, VerifiableJudge
+
+    if script_args.judge == "verifiable":
+        return VerifiableJudge()
+    if script_args.judge_model is None:
+        raise ValueError(f"`judge={script_args.judge!r}` needs `judge_model`: the name of the model that judges.")
+    if script_args.judge == "reward_model":
+        return RewardModelJudge(script_args.judge_model)
+    template = Path(script_args.judge_prompt_file).read_text() if script_args.judge_prompt_file else None
+    return OpenAIJudge(
+        script_args.judge_model,
+        base_url=script_args.judge_base_url,
+        prompt_template=template,
+        max_concurrency=script_args.judge_concurrency,
+    )
+
+
+class Funnel:
+    """What each stage left over and what it took, for the summary and the dataset card."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, int, str]] = []
+        self.start = time.perf_counter()
+
+    def add(self, stage: str, count: int, note: str) -> None:
+        now = time.perf_counter()
+        self.rows.append((stage, count, f"{note}; {(now - self.start) / 60:.1f} min"))
+        self.start = now
+
+
+def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -> None:
+    import transformers
+    from accelerate import PartialState
+    from packaging.version import Version
+    from transformers import AutoTokenizer
+    from trl import get_peft_config, get_quantization_config
+
+    from trl_bpo import BPODataCollector, BPOTrainer, BreadthSelector, TransformersGenerator, quickstart
+    from trl_bpo.evaluation import comparison_table, evaluate_policy
+    from trl_bpo.formats import load_rows, prepare_dataset
+    from trl_bpo.report import summary_table
+
+    funnel = Funnel()
+    state = PartialState()
+    model_name = model_args.model_name_or_path
+    dataset_name = script_args.dataset_name
+    heldout = None
+
+    # Everything that can be refused is refused here, before any work.
+    if script_args.quickstart:
+        with state.main_process_first():
+            model_name = quickstart.export_policy(Path(training_args.output_dir) / "_policy")
+        script_args.breadth_encoder = quickstart.encoder_path()
+        dataset_name, dataset = "trl_bpo quickstart prompts", quickstart.load_prompts("train")
+        heldout = quickstart.load_prompts("heldout")
+        kinds = ["kinds of the training set" if seen else "kinds held out" for seen in heldout["seen"]]
+        heldout = heldout.add_column("kinds", kinds)
+    elif dataset_name is None:
+        raise ValueError("`dataset_name` is required: a Hub id, a folder or a file. Or run with `--quickstart`.")
+    else:
+        dataset = load_rows(dataset_name, script_args.dataset_train_split, script_args.dataset_config)
+    if model_name is None:
+        raise ValueError("`model_name_or_path` is required: the SFT policy to sample from and to train.")
+    prepared = prepare_dataset(
+        dataset,
+        prompt_column=script_args.prompt_column,
+        start_from=script_args.start_from,
+        to_messages=script_args.to_messages,
+    )
+    dataset, stage = prepared.dataset, prepared.stage
+    breadth = None
+    if script_args.breadth_fraction != 1.0:
+        breadth = BreadthSelector(
+            script_args.breadth_fraction,
+            script_args.breadth_encoder,
+            n_clusters=script_args.breadth_clusters,
+            scope=script_args.breadth_scope,
+            seed=training_args.seed,
+        )
+    judge = make_judge(script_args) if stage in ("prompts", "responses") else None
+    collector = BPODataCollector(
+        judge=judge,
+        num_responses=script_args.num_responses,
+        pair_rule=script_args.pair_rule,
+        min_margin=script_args.min_margin,
+        allow_truncated_chosen=script_args.allow_truncated_chosen,
+    )
+    model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    training_args.model_init_kwargs = model_init_kwargs
+    dropped = f", {prepared.dropped} transcript pairs of two contexts dropped" if prepared.dropped else ""
+    funnel.add("rows", len(dataset), f"from {os.path.basename(dataset_name)}, start at {stage}{dropped}")
+
+    # Breadth
+    if breadth is not None:
+        with state.main_process_first():
+            selection = breadth.select(dataset)
+        dataset = selection.kept
+        funnel.add(
+            "prompts kept (breadth)",
+            selection.prompts_kept,
+            f"of {selection.prompts} distinct; {selection.duplicates} duplicate rows, {selection.over_long} over-long",
+        )
+
+    # Candidates. What was paid for is on disk before the next stage begins; a later run can start from it.
+    collected = Path(training_args.output_dir) / "_collected"
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+
+    def make_generator(model: Any) -> TransformersGenerator:
+        return TransformersGenerator(
+            model,
+            tokenizer,
+            max_new_tokens=script_args.max_new_tokens,
+            temperature=script_args.temperature,
+            top_p=script_args.top_p,
+            batch_size=script_args.generation_batch_size,
+            seed=training_args.seed,
+            model_init_kwargs=model_init_kwargs if isinstance(model, str) else None,
+        )
+
+    before = None
+    if stage == "prompts":
+        collector.generator = make_generator(model_name)
+        if heldout is not None:
+            before = evaluate_policy(
+                collector.generator, judge, heldout, collector.generator.model, tokenizer, group_column="kinds"
+            )
+            funnel.add("held-out prompts", len(heldout), "answered and judged before training")
+        dataset = collector.generate(dataset)
+        collector.generator = None
+        if state.is_main_process:
+            dataset.to_parquet(collected / "responses.parquet")
+        report = collector.report
+        funnel.add(
+            "responses", report.responses, f"{report.generated_tokens:,} tokens, {report.truncated} cut at the limit"
+        )
+    if stage in ("prompts", "responses"):
+        dataset = collector.score(dataset)
+        if state.is_main_process:
+            dataset.to_parquet(collected / "scores.parquet")
+        scored = sum(score is not None for scores in dataset["scores"] for score in scores)
+        funnel.add(
+            "scores", scored, f"{collector.report.unscored} without; by {script_args.judge_model or script_args.judge}"
+        )
+    if stage != "pairs":
+        dataset = collector.pair(dataset)
+        pairs = collector.report.pairs
+        funnel.add(
+            "pairs",
+            pairs.pairs,
+            f"{pairs.ties} ties, {pairs.unscored} without a score, {pairs.truncated_chosen} with a cut-off winner, "
+            f"{pairs.prompts_without_pair} prompts without a pair",
+        )
+
+    # Depth and DPO
+    trainer = BPOTrainer(
+        model=model_name,
+        args=training_args,
+        train_dataset=dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.curated_card_fields = {
+        "source_datasets": [os.path.basename(dataset_name)],
+        "source_split": script_args.dataset_train_split,
+        "judge": (script_args.judge_model or script_args.judge) if judge is not None else None,
+        "policy_model": quickstart.POLICY_NAME if script_args.quickstart else os.path.basename(model_name),
+        "funnel": funnel.rows,
+    }
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    tokens = max(int(entry.get("num_tokens", 0)) for entry in trainer.state.log_history)
+    funnel.add("training steps", trainer.state.global_step, f"{tokens:,} tokens; selection and training")
+    if trainer.selection is not None:
+        metrics = trainer.selection.metrics
+        kept = (
+            f"at most {metrics['pairs_per_prompt_max']:.0f} a prompt, {metrics['prompts_without_pair']:.0f} prompts with "
+            f"none; variance explained {metrics['variance_explained']:.3f}, of a Gaussian "
+            f"{metrics['variance_explained_gaussian']:.3f}"
+        )
+        funnel.rows.insert(-1, ("pairs kept (depth)", int(metrics["active_pairs"]), kept))
+
+    trainer.save_model(training_args.output_dir)
+    # A local path is nobody's business but yours: only a dataset of the Hub is named in the model card.
+    hub_dataset = None if script_args.quickstart or os.path.exists(dataset_name) else dataset_name
+    trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=hub_dataset)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=hub_dataset)
+
+    if before is not None:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        after = evaluate_policy(make_generator(model), judge, heldout, model, tokenizer, group_column="kinds")
+        funnel.add("held-out prompts", len(heldout), "answered and judged after training")
+        trainer.accelerator.print(comparison_table(before, after))
+    trainer.accelerator.print(summary_table(funnel.rows))
+    trainer.accelerator.print(f"Model, cards and curated dataset: {training_args.output_dir}")
+    if Version(transformers.__version__) >= Version("5.18.0"):
+        trainer.end()
+
+
+def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None) -> Any:
+    from trl import ModelConfig, TrlParser
+
+    from trl_bpo import BPOConfig
+
+    dataclass_types = (BPOScriptArguments, BPOConfig, ModelConfig)
+    if subparsers is not None:
+        return subparsers.add_parser("bpo", help="Run the BPO script", dataclass_types=dataclass_types)
+    return TrlParser(dataclass_types, prog=prog)
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if "--quickstart" in arguments and "--config" not in arguments:
+        arguments += ["--config", str(files("trl_bpo.quickstart") / "quickstart.yaml")]
+    script_args, training_args, model_args = make_parser().parse_args_and_config(arguments)
+    main(script_args, training_args, model_args)

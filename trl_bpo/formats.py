@@ -1,0 +1,203 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+From the shapes that preference data comes in to the one that the stages of BPO read.
+
+| stage | columns in | columns out |
+| --- | --- | --- |
+| `prompts` | `prompt` | the same |
+| `responses` | `prompt`, `responses` | the same, `responses` as texts |
+| `scores` | `prompt`, `responses` and `scores`, or responses that carry a score each | `prompt`, `responses`, `scores` |
+| `pairs` | `chosen`, `rejected`, with or without `prompt` | `prompt`, `chosen`, `rejected` |
+
+Responses may be texts, or dictionaries with a text (`text`, `content` or `response`) and a score (`score`, `rating` or
+`overall_score`), as in UltraFeedback; the column may be named `completions`. All other columns are kept.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from trl import extract_prompt
+
+from .prompts import is_transcript, split_transcript, transcript_to_messages
+
+
+STAGES = ("prompts", "responses", "scores", "pairs")
+_TEXT_KEYS = ("text", "content", "response")
+_SCORE_KEYS = ("score", "rating", "overall_score")
+_BUILDERS = {"json": "json", "jsonl": "json", "parquet": "parquet", "csv": "csv"}
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """
+    Result of [`prepare_dataset`].
+
+    Attributes:
+        dataset ([`~datasets.Dataset`]):
+            Rows in the shape of `stage`.
+        stage (`str`):
+            What the rows hold: one of `"prompts"`, `"responses"`, `"scores"` and `"pairs"`.
+        dropped (`int`):
+            Transcript pairs dropped because their two contexts differ.
+    """
+
+    dataset: Dataset
+    stage: str
+    dropped: int = 0
+
+
+def load_rows(name: str, split: str = "train", config: str | None = None) -> Dataset:
+    """
+    Load a dataset by the name of a file, a folder or a repository on the Hub.
+
+    Args:
+        name (`str`):
+            A `.json`, `.jsonl`, `.parquet` or `.csv` file (possibly compressed with gzip), a folder that
+            [`~datasets.Dataset.save_to_disk`] wrote, or whatever else [`~datasets.load_dataset`] takes.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split, possibly a slice such as `"train[:100]"`. A file has the split `train` alone.
+        config (`str`, *optional*):
+            Configuration of the dataset.
+
+    Returns:
+        [`~datasets.Dataset`]: The rows.
+
+    Raises:
+        `FileNotFoundError`: If the name looks like a file that is not there.
+        `ValueError`: If the file's type is unknown.
+    """
+    path = Path(name)
+    suffix = path.name.removesuffix(".gz").rpartition(".")[2]
+    if path.is_file():
+        if suffix not in _BUILDERS:
+            raise ValueError(f"`{name}` is not a file of a known type. Convert it to one of {sorted(_BUILDERS)}.")
+        return load_dataset(_BUILDERS[suffix], data_files=str(path), split=split)
+    if suffix in _BUILDERS:
+        raise FileNotFoundError(f"There is no file `{name}`. Give the path from the current directory, or a Hub id.")
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = load_from_disk(str(path))
+        return saved[split] if isinstance(saved, DatasetDict) else saved
+    return load_dataset(name, name=config, split=split)
+
+
+def _first(row: dict, keys: Iterable[str]) -> Any:
+    return next((row[key] for key in keys if row.get(key) is not None), None)
+
+
+def _unpack_responses(row: dict) -> dict[str, list]:
+    return {
+        "responses": [_first(response, _TEXT_KEYS) for response in row["responses"]],
+        "scores": [_first(response, _SCORE_KEYS) for response in row["responses"]],
+    }
+
+
+def _split_pair(row: dict) -> dict[str, str | None]:
+    prompt, chosen = split_transcript(row["chosen"])
+    other_prompt, rejected = split_transcript(row["rejected"])
+    return {"prompt": prompt if prompt == other_prompt else None, "chosen": chosen, "rejected": rejected}
+
+
+def _to_messages(row: dict) -> dict[str, list[dict[str, str]]]:
+    prompt = row["prompt"]
+    messages = transcript_to_messages(prompt) if is_transcript(prompt) else [{"role": "user", "content": prompt}]
+    converted = {"prompt": messages}
+    for column in ("chosen", "rejected"):
+        if column in row:
+            converted[column] = [{"role": "assistant", "content": row[column].strip()}]
+    return converted
+
+
+def _stage_of(columns: list[str]) -> str | None:
+    present = set(columns)
+    if {"chosen", "rejected"} <= present:
+        return "pairs"
+    if {"prompt", "responses", "scores"} <= present:
+        return "scores"
+    if {"prompt", "responses"} <= present:
+        return "responses"
+    return "prompts" if "prompt" in present else None
+
+
+def prepare_dataset(
+    dataset: Dataset, *, prompt_column: str = "prompt", start_from: str = "auto", to_messages: bool = False
+) -> PreparedDataset:
+    """
+    Bring a dataset into the shape of the stage at which its columns let BPO start.
+
+    Pairs without a prompt get one: HH-RLHF transcripts are split at their last `Assistant:` turn, everything else as
+    [`~trl.extract_prompt`] does.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows in one of the shapes of the module's table.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column that holds the prompt. It is renamed to `prompt`.
+        start_from (`str`, *optional*, defaults to `"auto"`):
+            Stage to start at. `"auto"` takes the furthest that the columns allow. An earlier one sets what is already
+            there aside: `"prompts"` uses the prompts of a preference dataset alone.
+        to_messages (`bool`, *optional*, defaults to `False`):
+            Whether to turn text prompts and answers into messages, so that the chat template of the policy applies.
+
+    Returns:
+        [`PreparedDataset`]: The rows, the stage, and what was dropped.
+
+    Raises:
+        `ValueError`: If the dataset is streaming or empty, if no stage fits the columns, or if the columns do not allow
+            the stage that is asked for.
+    """
+    if start_from not in ("auto", *STAGES):
+        raise ValueError(f"`start_from` must be one of {('auto', *STAGES)}, got {start_from!r}.")
+    if isinstance(dataset, IterableDataset):
+        raise ValueError("A streaming dataset cannot be selected from. Load it without streaming.")
+    if len(dataset) == 0:
+        raise ValueError("The dataset is empty. Check its name and the split.")
+    for old, new in ((prompt_column, "prompt"), ("completions", "responses")):
+        if old != new and old in dataset.column_names and new not in dataset.column_names:
+            dataset = dataset.rename_column(old, new)
+
+    stage, rows = _stage_of(dataset.column_names), len(dataset)
+    if stage is None:
+        raise ValueError(
+            f"The dataset has no `{prompt_column}` column and no `chosen` and `rejected`, only {dataset.column_names}. "
+            "Name the column that holds the prompt with `prompt_column`."
+        )
+    if stage == "responses" and isinstance(dataset[0]["responses"][0], dict):
+        dataset = dataset.map(_unpack_responses, desc="Unpacking responses")
+        scored = any(score is not None for scores in dataset["scores"] for score in scores)
+        stage = "scores" if scored else "responses"
+    if stage == "pairs" and "prompt" not in dataset.column_names:
+        if is_transcript(dataset[0]["chosen"]):
+            dataset = dataset.map(_split_pair, desc="Splitting transcripts")
+            dataset = dataset.filter(lambda row: row["prompt"] is not None, desc="Dropping pairs of two contexts")
+        else:
+            dataset = dataset.map(extract_prompt, desc="Extracting prompts")
+    if start_from != "auto":
+        if STAGES.index(start_from) > STAGES.index(stage):
+            raise ValueError(
+                f"`start_from={start_from!r}` needs columns that the dataset lacks; {dataset.column_names} allow "
+                f"`start_from={stage!r}`."
+            )
+        if stage == "pairs" and start_from != "prompts" and start_from != "pairs":
+            raise ValueError(f"`start_from={start_from!r}` does not apply to pairs. Use 'prompts' or 'pairs'.")
+        aside = {"prompts": ["responses", "scores", "chosen", "rejected"], "responses": ["scores"]}.get(start_from, [])
+        dataset = dataset.remove_columns([column for column in aside if column in dataset.column_names])
+        stage = start_from
+    if to_messages and isinstance(dataset[0]["prompt"], str):
+        dataset = dataset.map(_to_messages, desc="Converting to messages")
+    return PreparedDataset(dataset, stage, rows - len(dataset))
