@@ -196,6 +196,11 @@ def make_judge(script_args: BPOScriptArguments) -> Any:
     )
 
 
+def public_name(name: str) -> str:
+    # The Hub id, or the last part of a local path: where your files lie is not for a card.
+    return os.path.basename(name.rstrip("/")) if os.path.exists(name) else name
+
+
 class Funnel:
     """What each stage left over and what it took, for the summary and the dataset card."""
 
@@ -274,7 +279,7 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
     }
     training_args.model_init_kwargs = model_init_kwargs
     dropped = f", {prepared.dropped} transcript pairs of two contexts dropped" if prepared.dropped else ""
-    funnel.add("rows", len(dataset), f"from {os.path.basename(dataset_name)}, start at {stage}{dropped}")
+    funnel.add("rows", len(dataset), f"from {public_name(dataset_name)}, start at {stage}{dropped}")
 
     # Breadth
     if breadth is not None:
@@ -338,6 +343,9 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         )
 
     # Depth and DPO
+    settings = ["breadth_fraction"] if breadth is not None else []
+    settings += ["num_responses", "temperature", "top_p", "max_new_tokens"] if stage == "prompts" else []
+    settings += ["pair_rule", "min_margin"] if stage != "pairs" else []
     trainer = BPOTrainer(
         model=model_name,
         args=training_args,
@@ -345,13 +353,17 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.curated_card_fields = {
-        "source_datasets": [os.path.basename(dataset_name)],
+    card_fields: dict[str, Any] = {
+        "source_datasets": [public_name(dataset_name)],
         "source_split": script_args.dataset_train_split,
-        "judge": (script_args.judge_model or script_args.judge) if judge is not None else None,
-        "policy_model": quickstart.POLICY_NAME if script_args.quickstart else os.path.basename(model_name),
-        "funnel": funnel.rows,
+        "funnel": list(funnel.rows),
+        "settings": {name: getattr(script_args, name) for name in settings},
     }
+    if stage == "prompts":
+        card_fields["policy_model"] = quickstart.POLICY_NAME if script_args.quickstart else public_name(model_name)
+    if judge is not None:
+        card_fields["judge"] = script_args.judge_model or script_args.judge
+    trainer.curated_card_fields = card_fields
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     tokens = max(int(entry.get("num_tokens", 0)) for entry in trainer.state.log_history)
     funnel.add("training steps", trainer.state.global_step, f"{tokens:,} tokens; selection and training")

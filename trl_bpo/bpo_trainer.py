@@ -111,8 +111,8 @@ class BPOTrainer(DPOTrainer):
         selection ([`DepthSelection`], *optional*):
             The last selection, over the rows of `train_dataset`.
         curated_card_fields (`dict[str, Any]`):
-            Fields of [`CuratedCardData`] that the trainer cannot know (`judge`, `license`, `funnel`, ...), for the card
-            of the curated dataset.
+            Fields of [`CuratedCardData`] that the trainer cannot know (`judge`, `license`, ...), for the card of the
+            curated dataset. It adds to those of `funnel` and `settings` and replaces the others.
 
     Raises:
         `ValueError`: If the dataset or an option does not go with selection.
@@ -419,13 +419,16 @@ class BPOTrainer(DPOTrainer):
         output = super().train(*args, **kwargs)
         if self._sampler is not None and self.selection is not None:
             if self.args.should_save:
-                path = Path(str(self.args.output_dir)) / "_curated_dataset"
-                save_curated_dataset(self.curated_dataset, str(path), self.curated_card_data())
+                save_curated_dataset(self.curated_dataset, self._curated_path, self.curated_card_data())
             if self.args.curated_dataset_hub_id is not None:
                 self.push_curated_dataset()
         return output
 
     # Curated dataset
+
+    @property
+    def _curated_path(self) -> Path:
+        return Path(str(self.args.output_dir)) / "_curated_dataset"
 
     @property
     def curated_dataset(self) -> Dataset:
@@ -443,20 +446,23 @@ class BPOTrainer(DPOTrainer):
         """
         kept = self.curated_dataset["prompt_id"]
         options = ("depth_fraction", "depth_clusters", "depth_scope", "min_pairs_per_prompt", "normalize_gradients")
-        settings = {name: getattr(self.args, name) for name in (*options, "projection_dim", "seed")}
-        name = get_config_model_id(self.model.config)
+        model_name = get_config_model_id(self.model.config)
+        fields = dict(self.curated_card_fields)
+        funnel = fields.pop("funnel", [("pairs", len(self._pool or []), "after TRL's length filter")])
+        settings = {"model": Path(model_name).name if Path(model_name).is_dir() else model_name}
+        settings |= {name: getattr(self.args, name) for name in (*options, "projection_dim", "seed")}
         data = CuratedCardData(
             pretty_name=f"Pairs that BPO kept for {Path(str(self.args.output_dir)).name}",
-            policy_model=os.path.basename(name) if os.path.isdir(name) else name,
+            policy_model="not recorded",
             num_pairs=len(kept),
             num_prompts=len(set(kept)),
-            funnel=[("pairs", len(self._pair_ids), "after TRL's length filter"), ("depth", len(kept), "")],
-            settings=settings,
+            funnel=[*funnel, ("pairs kept (depth)", len(kept), f"by the gradients at step {self._selection_step}")],
+            settings=fields.pop("settings", {}) | settings,
             setting_notes=dict.fromkeys(options, "not specified by the paper"),
             metrics=dict(self.selection.metrics) if self.selection else {},
             pairs_per_prompt=pairs_per_prompt(self._prompt_ids, kept),
         )
-        return replace(data, **self.curated_card_fields)
+        return replace(data, **fields)
 
     def push_curated_dataset(self, repo_id: str | None = None) -> str | None:
         """
@@ -480,6 +486,7 @@ class BPOTrainer(DPOTrainer):
                 self.curated_card_data(),
                 private=self.args.hub_private_repo,
                 token=self.args.hub_token,
+                saved_to=self._curated_path,
             )
         self.accelerator.wait_for_everyone()
         return url

@@ -49,7 +49,8 @@ def reference_log_probs(
     trainer: DPOTrainer, responses: PairResponses, *, pad_token_id: int, batch_tokens: int
 ) -> torch.Tensor:
     """
-    Log-probability of each response under the reference of a trainer; the ranks share the batches.
+    Log-probability of each response under the reference of a trainer; the ranks share the batches. Where the trainer has
+    computed them before training, those are taken.
 
     Args:
         trainer ([`~trl.DPOTrainer`]):
@@ -66,6 +67,15 @@ def reference_log_probs(
     """
     accelerator = trainer.accelerator
     logps = torch.zeros(len(responses.input_ids))
+    if trainer.precompute_ref_logps:
+        # TRL keeps no reference model then, and the policy is no longer the reference once it is trained.
+        if accelerator.is_main_process:
+            for indices, column in (
+                (responses.chosen, "ref_chosen_logps"),
+                (responses.rejected, "ref_rejected_logps"),
+            ):
+                logps[indices] = torch.tensor(trainer.train_dataset[column][:])
+        return logps
     batches = length_batches(responses.input_ids, batch_tokens)
     for batch in batches[accelerator.process_index :: accelerator.num_processes]:
         inputs = {

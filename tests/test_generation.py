@@ -1,0 +1,207 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_model_dir
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_bpo.generation import TransformersGenerator
+
+
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "The weather of a city"}}]
+PROMPTS = [
+    "The sea",
+    MESSAGES,
+    [{"role": "system", "content": "Be brief."}, *MESSAGES],
+    [*MESSAGES, {"role": "assistant", "content": "Paris."}, {"role": "user", "content": "And of Italy?"}],
+    "How do I sort a list of numbers in Python? Use the function",
+]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return tiny_model_dir(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def tokenizer(model_dir):
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+@pytest.fixture
+def model(model_dir):
+    return AutoModelForCausalLM.from_pretrained(model_dir)
+
+
+def force_token(model, token_id):
+    # A huge bias on one row of the head makes the model say that token whatever it reads.
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
+    model.lm_head.bias.data[token_id] = 1e4
+
+
+def test_shape_and_order(model_dir):
+    generator = TransformersGenerator(model_dir, max_new_tokens=6, batch_size=4)
+    responses = generator(PROMPTS, num_responses=3)
+    assert [len(row) for row in responses] == [3] * len(PROMPTS)
+    assert all(1 <= response.num_tokens <= 6 for row in responses for response in row)
+    assert len({response.text for row in responses for response in row}) > 10
+
+
+def test_left_padded_batch_equals_single_prompts(model, tokenizer):
+    generator = TransformersGenerator(model, tokenizer, max_new_tokens=8, temperature=0, batch_size=8)
+    batched = generator(PROMPTS, num_responses=1)
+    assert batched == [generator([prompt], num_responses=1)[0] for prompt in PROMPTS]
+    # The direct way, for one prompt of each format.
+    encoded = {0: tokenizer(PROMPTS[0])["input_ids"]}
+    encoded[1] = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
+    for row, ids in encoded.items():
+        output = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
+        assert batched[row][0].text == tokenizer.decode(output, skip_special_tokens=True)
+
+
+def test_responses_belong_to_their_prompts(model, tokenizer):
+    # So cold a temperature is as good as greedy, with several responses a prompt and several prompts a batch.
+    greedy = TransformersGenerator(model, tokenizer, max_new_tokens=8, temperature=0)(PROMPTS, num_responses=1)
+    cold = TransformersGenerator(model, tokenizer, max_new_tokens=8, temperature=1e-5)(PROMPTS, num_responses=3)
+    assert cold == [row * 3 for row in greedy]
+    assert len({row[0].text for row in greedy}) == len(PROMPTS)
+
+
+def test_peft_model_with_gradient_checkpointing(model, tokenizer):
+    base = TransformersGenerator(model, tokenizer, max_new_tokens=8, temperature=0)(PROMPTS, num_responses=1)
+    policy = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    policy.gradient_checkpointing_enable()
+    policy.train()
+    generator = TransformersGenerator(policy, tokenizer, max_new_tokens=8, temperature=0)
+    responses = generator(PROMPTS, num_responses=1)
+    assert policy.training and responses != base
+    with policy.disable_adapter():
+        assert generator(PROMPTS, num_responses=1) == base
+
+
+def test_more_responses_than_batch_size(model_dir):
+    responses = TransformersGenerator(model_dir, max_new_tokens=8, batch_size=3)(["The sea"], num_responses=7)
+    assert len(responses[0]) == 7
+    # Every part of the split is seeded differently.
+    assert len({response.text for response in responses[0]}) == 7
+
+
+def test_ends_with_eos(model, tokenizer):
+    force_token(model, tokenizer.eos_token_id)
+    (response,) = TransformersGenerator(model, tokenizer, max_new_tokens=5)([MESSAGES], num_responses=1)[0]
+    assert (response.text, response.truncated, response.num_tokens) == ("", False, 1)
+
+
+def test_truncated_at_the_limit(model, tokenizer):
+    force_token(model, tokenizer.convert_tokens_to_ids("a"))
+    (response,) = TransformersGenerator(model, tokenizer, max_new_tokens=5)([MESSAGES], num_responses=1)[0]
+    assert (response.text, response.truncated, response.num_tokens) == ("aaaaa", True, 5)
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_eos_of_the_generation_config_counts(model, tokenizer, as_list):
+    token_id = tokenizer.convert_tokens_to_ids("a")
+    force_token(model, token_id)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, token_id] if as_list else token_id
+    (response,) = TransformersGenerator(model, tokenizer, max_new_tokens=5)([MESSAGES], num_responses=1)[0]
+    assert (response.text, response.truncated, response.num_tokens) == ("", False, 1)
+
+
+def test_mixed_lengths_in_a_batch(model, tokenizer):
+    # The same token ends some responses early: what follows their end must not be counted.
+    model.generation_config.eos_token_id = list(range(40, 120))
+    generator = TransformersGenerator(model, tokenizer, max_new_tokens=12)
+    responses = [response for row in generator(PROMPTS[:2], num_responses=8) for response in row]
+    assert {response.truncated for response in responses} == {False, True}
+    assert all(response.num_tokens == 12 for response in responses if response.truncated)
+    assert len({response.num_tokens for response in responses}) > 3
+
+
+def test_repeatable_and_global_rng_untouched(model_dir):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first = TransformersGenerator(model_dir, max_new_tokens=6, seed=1)(PROMPTS, num_responses=2)
+    assert torch.equal(torch.rand(3), expected)
+    generator = TransformersGenerator(model_dir, max_new_tokens=6, seed=1)
+    assert generator(PROMPTS, num_responses=2) == first
+    assert generator(PROMPTS, num_responses=2) == first
+    assert TransformersGenerator(model_dir, max_new_tokens=6, seed=2)(PROMPTS, num_responses=2) != first
+
+
+def test_model_and_tokenizer_are_restored(model, tokenizer):
+    model.train()
+    model.config.use_cache = False
+    tokenizer.padding_side = "right"
+    before = (json.dumps(model.generation_config.to_dict(), default=str), tokenizer.pad_token)
+    TransformersGenerator(model, tokenizer, max_new_tokens=4)(PROMPTS, num_responses=2)
+    assert model.training and not model.config.use_cache
+    assert tokenizer.padding_side == "right"
+    assert (json.dumps(model.generation_config.to_dict(), default=str), tokenizer.pad_token) == before
+
+
+def test_model_generation_config_does_not_narrow_the_sampling(model, tokenizer):
+    reference = TransformersGenerator(model, tokenizer, max_new_tokens=6)(PROMPTS, num_responses=2)
+    model.generation_config.top_k = 1
+    model.generation_config.repetition_penalty = 5.0
+    assert TransformersGenerator(model, tokenizer, max_new_tokens=6)(PROMPTS, num_responses=2) == reference
+
+
+def test_tokenizer_without_pad_token(model, tokenizer):
+    expected = TransformersGenerator(model, tokenizer, max_new_tokens=8, temperature=0)(PROMPTS, num_responses=1)
+    tokenizer.pad_token = None
+    generator = TransformersGenerator(model, tokenizer, max_new_tokens=8, temperature=0)
+    assert generator(PROMPTS, num_responses=1) == expected
+    assert tokenizer.pad_token is None
+
+
+def test_tools_reach_the_model(model, tokenizer):
+    generator = TransformersGenerator(model, tokenizer, max_new_tokens=8, temperature=0)
+    without, as_list, as_json = (
+        generator([MESSAGES], num_responses=1, tools=tools) for tools in (None, [TOOLS], [json.dumps(TOOLS)])
+    )
+    assert as_list == as_json != without
+
+
+def test_too_long_prompt_is_named_before_any_generation(model, tokenizer):
+    generator = TransformersGenerator(model, tokenizer, max_new_tokens=1000)
+    with pytest.raises(ValueError, match=r"row 1 .*sea sea.* 1024 tokens. Lower `max_new_tokens`"):
+        generator(["The sea", "sea " * 40], num_responses=1)
+    with pytest.raises(ValueError, match="row 0 is empty"):
+        generator([""], num_responses=1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_new_tokens": 0}, {"batch_size": 0}, {"temperature": -1}, {"top_p": 0}, {"model_init_kwargs": {}}]
+)
+def test_bad_options(model, tokenizer, options):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
+        TransformersGenerator(model, tokenizer, **options)
+
+
+def test_greedy_gives_one_response(model, tokenizer):
+    with pytest.raises(ValueError, match="`temperature=0`"):
+        TransformersGenerator(model, tokenizer, temperature=0)(["The sea"], num_responses=2)
+
+
+def test_model_init_kwargs(model_dir):
+    generator = TransformersGenerator(model_dir, max_new_tokens=2, model_init_kwargs={"dtype": torch.bfloat16})
+    assert generator.model.dtype == torch.bfloat16
+    assert len(generator(["The sea"], num_responses=1)[0]) == 1

@@ -1,0 +1,310 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""
+Preference pairs out of prompts: sample responses, score them, pair them.
+
+Every stage takes and gives a [`~datasets.Dataset`] and keeps the other columns of its rows.
+
+| stage | columns in | columns out |
+| --- | --- | --- |
+| `generate` | `prompt`, `tools` (optional) | adds `responses`, `truncated` |
+| `score` | `prompt`, `responses`, all others (for the judge) | adds `scores`, `verdicts`, `judge` |
+| `pair` | `prompt`, `responses`, `scores`, `truncated` (optional), `tools` (optional) | one row a pair: `pair_id`, `prompt_id`, `prompt`, `chosen`, `rejected`, `score_chosen`, `score_rejected`, and with `truncated` also `chosen_truncated`, `rejected_truncated`; drops `responses`, `scores`, `truncated`, `verdicts` |
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset, List, Value
+
+from .generation import Generator
+from .judging import Judge, judge_responses
+from .pairing import PairReport, build_pairs, pair_indices
+
+
+logger = logging.getLogger(__name__)
+
+# What the judge does not get as a further column: it has them in another form, or they are not for it to see.
+_NOT_FOR_THE_JUDGE = {"prompt", "responses", "truncated", "prompts", "completions"}
+_PAIR_COLUMNS = [
+    "pair_id",
+    "chosen",
+    "rejected",
+    "score_chosen",
+    "score_rejected",
+    "chosen_truncated",
+    "rejected_truncated",
+]
+
+
+@dataclass
+class CollectionReport:
+    """
+    What a collection did. The numbers of a stage are those of its last run.
+
+    Args:
+        responses (`int`, *optional*, defaults to `0`):
+            Number of sampled responses.
+        generated_tokens (`int`, *optional*, defaults to `0`):
+            Number of sampled tokens.
+        truncated (`int`, *optional*, defaults to `0`):
+            Number of responses that were cut off at the token limit.
+        unscored (`int`, *optional*, defaults to `0`):
+            Number of responses to which the judge gave no score.
+        pairs ([`PairReport`], *optional*):
+            What became of the responses and of the candidate pairs.
+        seconds (`dict[str, float]`, *optional*, defaults to `{}`):
+            Wall-clock time of each stage.
+    """
+
+    responses: int = 0
+    generated_tokens: int = 0
+    truncated: int = 0
+    unscored: int = 0
+    pairs: PairReport | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class BPODataCollector:
+    """
+    Collect preference pairs for prompts: `num_responses` responses a prompt, scored by a judge and paired by rank.
+
+    What the stages cost: [`~BPODataCollector.generate`] takes `num_responses` generations a prompt, and
+    [`~BPODataCollector.score`] one judgement a response, which at a paid API is usually most of the bill.
+    [`~BPODataCollector.pair`] is next to free. Select prompts before you collect, and save what a stage gives with
+    `save_to_disk` before you run the next one: within a stage nothing is saved, so a stage that is interrupted starts
+    over. A dataset that has been through a stage can be given to [`~BPODataCollector.collect`] to go on from there.
+
+    Under `accelerate launch` the processes share the prompts to generate for. The main process judges while the others
+    wait, and all end with the same dataset. On CPUs, create an `Accelerator` or the training arguments before anything
+    else: nothing but these reads from the launcher that there are several processes. If judging takes longer than the timeout of the process group, raise it
+    (`InitProcessGroupKwargs`), or judge in a run of its own with one process.
+
+    Args:
+        generator (`Callable`, *optional*):
+            What samples responses, such as [`TransformersGenerator`]; see [`~generation.Generator`]. Needed for
+            datasets without `responses`.
+        judge (`Callable`, *optional*):
+            What scores responses, such as [`OpenAIJudge`], [`RewardModelJudge`] or any TRL reward function; see
+            [`~judging.Judge`]. Needed for datasets without `scores`. The columns of the dataset are passed on to it,
+            except for `prompts` and `completions`, whose names are taken.
+        num_responses (`int`, *optional*, defaults to `8`):
+            Number of responses to sample for each prompt.
+        pair_rule (`str`, *optional*, defaults to `"uniform"`):
+            Which of the ranked responses are paired, see [`~pairing.pair_indices`].
+        min_margin (`float`, *optional*, defaults to `0.0`):
+            Smallest difference between the scores of a pair. Pairs with equal scores are never kept.
+        allow_truncated_chosen (`bool`, *optional*, defaults to `False`):
+            Whether a response that was cut off at the token limit may be the chosen one of a pair.
+
+    Attributes:
+        report ([`CollectionReport`]): What the stages did.
+
+    Raises:
+        `ValueError`: If an option is out of its range.
+
+    Example:
+
+    ```python
+    >>> from trl_bpo.collector import BPODataCollector
+    >>> from trl_bpo.generation import TransformersGenerator
+    >>> from trl_bpo.judging import OpenAIJudge
+
+    >>> collector = BPODataCollector(TransformersGenerator("Qwen/Qwen3-0.6B"), OpenAIJudge("gpt-4.1-mini"))
+    >>> pairs = collector.collect(prompts)
+    ```
+    """
+
+    def __init__(
+        self,
+        generator: Generator | None = None,
+        judge: Judge | None = None,
+        *,
+        num_responses: int = 8,
+        pair_rule: str = "uniform",
+        min_margin: float = 0.0,
+        allow_truncated_chosen: bool = False,
+    ) -> None:
+        if num_responses < 2:
+            raise ValueError(
+                f"`num_responses` must be at least 2, as a pair takes two responses, got {num_responses}."
+            )
+        pair_indices(0, pair_rule)
+        if not min_margin >= 0:
+            raise ValueError(f"`min_margin` must be at least 0, got {min_margin}.")
+        self.generator = generator
+        self.judge = judge
+        self.num_responses = num_responses
+        self.pair_rule = pair_rule
+        self.min_margin = min_margin
+        self.allow_truncated_chosen = allow_truncated_chosen
+        self.report = CollectionReport()
+
+    def generate(self, dataset: Dataset) -> Dataset:
+        """
+        Sample responses.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                Prompts, in the column `prompt`; optionally the tool schemas of each, in the column `tools`.
+
+        Returns:
+            [`~datasets.Dataset`]: The dataset with the columns `responses` (`list[str]`) and `truncated` (`list[bool]`).
+
+        Raises:
+            `ValueError`: If there is no generator, or the dataset is empty, lacks `prompt` or has such columns already.
+        """
+        _check_dataset(dataset, needs=["prompt"], adds=["responses", "truncated"])
+        if self.generator is None:
+            raise ValueError("`generator` is needed to sample responses. Give one, or a dataset with `responses`.")
+        with self._timed("generate"), PartialState().split_between_processes(list(range(len(dataset)))) as indices:
+            share = dataset.select(indices)
+            tools = list(share["tools"]) if "tools" in share.column_names else None
+            own = self.generator(list(share["prompt"]), self.num_responses, tools) if indices else []
+            sampled = gather_object(own)
+        counts = sorted({len(row) for row in sampled})
+        if len(sampled) != len(dataset) or counts != [self.num_responses]:
+            raise ValueError(
+                f"The generator must give `num_responses={self.num_responses}` responses for each of {len(dataset)} "
+                f"prompts, but gave {counts} for {len(sampled)}."
+            )
+        flat = [response for row in sampled for response in row]
+        self.report.responses = len(flat)
+        self.report.generated_tokens = sum(response.num_tokens for response in flat)
+        self.report.truncated = sum(response.truncated for response in flat)
+        if self.report.truncated:
+            logger.warning(f"{self.report.truncated} of {len(flat)} responses were cut off at the token limit.")
+        responses = [[response.text for response in row] for row in sampled]
+        truncated = [[response.truncated for response in row] for row in sampled]
+        dataset = dataset.add_column("responses", responses, feature=List(Value("string")))
+        return dataset.add_column("truncated", truncated, feature=List(Value("bool")))
+
+    def score(self, dataset: Dataset) -> Dataset:
+        """
+        Score responses.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                Prompts, in the column `prompt`, and their `responses`.
+
+        Returns:
+            [`~datasets.Dataset`]: The dataset with the columns `scores` (`list[float | None]`), `verdicts` (what the
+            judge said, `list[str | None]`) and `judge` (its name).
+
+        Raises:
+            `ValueError`: If there is no judge, the dataset is empty, lacks a column or has such columns already, or the
+                judge does not give one entry a response.
+        """
+        _check_dataset(dataset, needs=["prompt", "responses"], adds=["scores", "verdicts", "judge"])
+        if self.judge is None:
+            raise ValueError("`judge` is needed to score responses. Give one, or a dataset with `scores`.")
+        columns = {name: list(dataset[name]) for name in dataset.column_names if name not in _NOT_FOR_THE_JUDGE}
+        with self._timed("score"):
+            verdicts = [
+                judge_responses(self.judge, list(dataset["prompt"]), list(dataset["responses"]), columns)
+                if PartialState().is_main_process
+                else None
+            ]
+            (rows,) = broadcast_object_list(verdicts)
+        scores = [[verdict.score for verdict in row] for row in rows]
+        self.report.unscored = sum(score is None for row in scores for score in row)
+        raw = [[verdict.raw for verdict in row] for row in rows]
+        # Functions have a name, as have our judges; of other callables it is that of their class.
+        name = getattr(self.judge, "__name__", type(self.judge).__name__)
+        dataset = dataset.add_column("scores", scores, feature=List(Value("float64")))
+        dataset = dataset.add_column("verdicts", raw, feature=List(Value("string")))
+        return dataset.add_column("judge", [name] * len(dataset), feature=Value("string"))
+
+    def pair(self, dataset: Dataset) -> Dataset:
+        """
+        Pair scored responses.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                Prompts, in the column `prompt`, their `responses` and `scores`, and optionally `truncated`.
+
+        Returns:
+            [`~datasets.Dataset`]: One row a pair, see [`~pairing.build_pairs`].
+
+        Raises:
+            `ValueError`: If the dataset is empty, lacks a column or has columns that pairs would overwrite, or if no
+                pair results.
+        """
+        _check_dataset(dataset, needs=["prompt", "responses", "scores"], adds=_PAIR_COLUMNS)
+        with self._timed("pair"):
+            pairs, self.report.pairs = build_pairs(
+                dataset, self.pair_rule, self.min_margin, self.allow_truncated_chosen
+            )
+        return pairs
+
+    def collect(self, dataset: Dataset) -> Dataset:
+        """
+        Run the stages whose columns are missing, and pair.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                Prompts, in the column `prompt`, or what [`~BPODataCollector.generate`] or [`~BPODataCollector.score`]
+                gave.
+
+        Returns:
+            [`~datasets.Dataset`]: One row a pair, see [`~pairing.build_pairs`].
+
+        Raises:
+            `ValueError`: If a stage cannot run. Whatever can be seen beforehand is raised before any work.
+        """
+        missing = {name for name in ("responses", "scores") if name not in dataset.column_names}
+        if "responses" in missing and "scores" not in missing:
+            raise ValueError(
+                "`dataset` has `scores` but no `responses` that they belong to. Add them or drop `scores`."
+            )
+        added = ["truncated"] if "responses" in missing else []
+        added += ["verdicts", "judge"] if "scores" in missing else []
+        _check_dataset(dataset, needs=["prompt"], adds=[*added, *_PAIR_COLUMNS])
+        if "responses" in missing and self.generator is None:
+            raise ValueError("`generator` is needed, as the dataset has no `responses`.")
+        if "scores" in missing and self.judge is None:
+            raise ValueError("`judge` is needed, as the dataset has no `scores`.")
+        if "responses" in missing:
+            dataset = self.generate(dataset)
+        if "scores" in missing:
+            dataset = self.score(dataset)
+        return self.pair(dataset)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.report.seconds[stage] = time.perf_counter() - start
+
+
+def _check_dataset(dataset: Dataset, needs: list[str], adds: list[str]) -> None:
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"`dataset` must be a `datasets.Dataset`, such as one split, got `{type(dataset).__name__}`.")
+    for column in needs:
+        if column not in dataset.column_names:
+            raise ValueError(f"`dataset` has no column `{column}`. Its columns: {', '.join(dataset.column_names)}.")
+    taken = [f"`{name}`" for name in adds if name in dataset.column_names]
+    if taken:
+        raise ValueError(
+            f"`dataset` has columns that would be overwritten: {', '.join(taken)}. Rename or remove them."
+        )
+    if len(dataset) == 0:
+        raise ValueError("`dataset` is empty.")
