@@ -24,7 +24,7 @@ BPO end to end: from prompts, scored responses or preference pairs to a trained 
 
 # Quickstart: no hub, no key, no GPU
 ```bash
-accelerate launch recipes/bpo.py --quickstart
+accelerate launch --num_cpu_threads_per_process 2 recipes/bpo.py --quickstart
 ```
 
 # From prompts, with a judge behind an OpenAI-compatible API

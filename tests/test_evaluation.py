@@ -15,7 +15,6 @@
 
 import math
 import statistics
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -24,18 +23,14 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_model_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_bpo.evaluation import distinct_n, evaluate_policy, paired_difference, perplexity
+from trl_bpo import Verdict
+from trl_bpo.evaluation import comparison_table, distinct_n, evaluate_policy, paired_difference, perplexity
 from trl_bpo.generation import Response
 from trl_bpo.verifiable import VerifiableJudge
 
 
 PROMPTS = ["What is the capital of France?", "Write a poem.", "Sort a list.", "Name the sea.", "What is it?"]
 RESPONSES = ["Paris.", "The sea and the wind, please.", " \n", "It depends on what you want to do with it.", "x"]
-
-
-@dataclass
-class ScoredObject:
-    score: float | None
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +164,7 @@ def test_judge_is_called_like_a_reward_function(tiny):
 def test_unscored_responses_are_counted_and_left_out(tiny):
     dataset = Dataset.from_dict({"prompt": PROMPTS[:3]})
     generator = CannedGenerator(responses_of(*"abcdef"))
-    verdicts = [ScoredObject(4.0), ScoredObject(None), None, ScoredObject(None), 8, 6.0]
+    verdicts = [Verdict(4.0), Verdict(None), None, Verdict(None), 8, 6.0]
     report = evaluate_policy(generator, lambda **_: verdicts, dataset, *tiny, num_responses=2)
     assert report.prompt_scores == [4, None, 7]
     assert report.score_mean == 5.5
@@ -210,7 +205,7 @@ def test_errors(tiny):
         evaluate_policy(generator, lambda **_: [1, 2], dataset.rename_column("prompt", "text"), *tiny)
     with pytest.raises(ValueError, match="`dataset` is empty"):
         evaluate_policy(generator, lambda **_: [], dataset.select([]), *tiny)
-    with pytest.raises(ValueError, match="got 1 for 2 responses"):
+    with pytest.raises(ValueError, match="gave 1 for 2"):
         evaluate_policy(generator, lambda **_: [1], dataset, *tiny)
 
 
@@ -225,3 +220,16 @@ def test_paired_difference():
         paired_difference([1], [1, 2])
     with pytest.raises(ValueError, match="No prompt has a score in both"):
         paired_difference([None, 1], [1, None])
+
+
+def test_comparison_table_shows_the_paired_change(tiny):
+    dataset = Dataset.from_dict({"prompt": PROMPTS[:3], "kind": ["x", "y", "y"]})
+    generator = CannedGenerator(responses_of(*"abc"))
+    before = evaluate_policy(generator, lambda **_: [1, 2, 3], dataset, *tiny, group_column="kind")
+    after = evaluate_policy(generator, lambda **_: [2, 3, 4], dataset, *tiny, group_column="kind")
+    lines = comparison_table(before, after).splitlines()
+    assert lines[0].split() == ["before", "after", "change"]
+    assert lines[2].split() == "score, all prompts (3) 2.00 ± 0.58 3.00 ± 0.58 1.00 ± 0.00".split()
+    assert lines[3].split() == "score, x (1) 1.00 2.00 1.00".split()
+    assert lines[4].split() == "score, y (2) 2.50 ± 0.50 3.50 ± 0.50 1.00 ± 0.00".split()
+    assert lines[-1].startswith("perplexity under the base model") and lines[-1].endswith("0.00")

@@ -30,7 +30,9 @@ from tiny import tiny_reward_model_dir
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl.rewards import think_format_reward
 
-from trl_bpo.judging import OpenAIJudge, RewardModelJudge, Verdict, judge_responses, parse_rating
+from trl_bpo import OpenAIJudge, RewardModelJudge, Verdict
+from trl_bpo.judging import judge_responses
+from trl_bpo.openai_judge import parse_rating
 
 
 KEY = "sk-very-secret-1234567890"
@@ -308,7 +310,7 @@ def test_missing_package():
     # A fresh interpreter in which the package cannot be imported.
     code = (
         "import sys; sys.modules['openai'] = None\n"
-        "from trl_bpo.judging import OpenAIJudge\n"
+        "from trl_bpo import OpenAIJudge\n"
         "try:\n    OpenAIJudge('grader')\nexcept ImportError as error:\n    print(error)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -21,7 +21,9 @@ from .breadth import BreadthSelection, BreadthSelector
 from .collector import BPODataCollector
 from .depth import DepthSelection, DepthSelector
 from .generation import TransformersGenerator
-from .judging import OpenAIJudge, RewardModelJudge, Verdict
+from .judging import Verdict
+from .openai_judge import OpenAIJudge
+from .reward_model_judge import RewardModelJudge
 from .verifiable import VerifiableJudge
 
 

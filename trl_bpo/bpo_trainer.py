@@ -20,6 +20,7 @@ import os
 import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -354,21 +355,30 @@ class BPOTrainer(DPOTrainer):
             self._activate(selection, step)
             self._sampler.set_rows(np.flatnonzero(selection.selected), self._num_selections)
         if new_epoch or due:
-            # `Trainer` skips the batches of the steps that a resumed epoch has behind it, so the stream starts that
-            # much earlier.
             per_step = self._train_batch_size * accumulation * self.accelerator.num_processes
 
             def drawn(steps: int) -> int:
                 return steps // steps_per_epoch * self._n_active + steps % steps_per_epoch * per_step
 
-            skipped = step % steps_per_epoch * per_step if new_epoch else 0
-            self._sampler.start = drawn(step) - drawn(self._selection_step) - skipped
-        if new_epoch:
-            self._epoch_iterator = self._iterator = epoch_iterator
-        elif due:
-            # The abandoned iterator would stay registered as the active one.
-            dataloader.end()
-            self._iterator = iter(dataloader)
+            # An uninterrupted run opens its iterator when an epoch begins and at each selection within it. A resumed run
+            # opens the same one, so that it draws the same batches to the last row.
+            epoch_start = step - step % steps_per_epoch
+            opened = max(epoch_start, self._selection_step)
+            self._sampler.start = drawn(opened) - drawn(self._selection_step)
+            self._sampler.already_drawn = drawn(opened) - drawn(epoch_start)
+            if not new_epoch:
+                # The abandoned iterator would stay registered as the active one.
+                dataloader.end()
+            self._epoch_iterator = epoch_iterator
+            # `Trainer` itself skips the batches that a resumed epoch has behind it.
+            self._iterator = epoch_iterator
+            if opened > epoch_start:
+                self._iterator = iter(dataloader)
+                # To open an iterator takes a number from the global random state. When `Trainer` resumes, it restores
+                # that state after this call.
+                with torch.random.fork_rng(devices=[]):
+                    batches = [next(self._iterator) for _ in range((step - opened) * accumulation + 1)]
+                self._iterator = chain(batches[-1:], self._iterator)
         return super().get_batch_samples(self._iterator, num_batches, device)
 
     def _pool_hash(self) -> str:

@@ -17,7 +17,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -28,6 +28,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .generation import Generator, Response
+from .judging import Judge, judge_responses
 
 
 @dataclass(frozen=True)
@@ -183,21 +184,6 @@ def _mean_and_stderr(values: list[float]) -> tuple[float | None, float | None]:
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
-def _judge(judge: Callable[..., list], dataset: Dataset, responses: list[list[str]]) -> list[list[float | None]]:
-    # Every prompt and every other column is repeated for each of its responses, as TRL does for reward functions.
-    rows = [index for index, texts in enumerate(responses) for _ in texts]
-    texts = [text for texts in responses for text in texts]
-    columns = {name: [column[index] for index in rows] for name, column in dataset.to_dict().items()}
-    prompts = columns.pop("prompt")
-    conversational = isinstance(prompts[0], list)
-    completions = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
-    verdicts = judge(prompts=prompts, completions=completions, **columns)
-    if len(verdicts) != len(texts):
-        raise ValueError(f"`judge` must return one score a response, got {len(verdicts)} for {len(texts)} responses.")
-    scores = iter(item if item is None or isinstance(item, (int, float)) else item.score for item in verdicts)
-    return [[next(scores) for _ in texts] for texts in responses]
-
-
 def _report(
     responses: list[list[Response]], scores: list[list[float | None]], perplexities: list[list[float | None]]
 ) -> PolicyReport:
@@ -225,7 +211,7 @@ def _report(
 
 def evaluate_policy(
     generator: Generator,
-    judge: Callable[..., list],
+    judge: Judge,
     dataset: Dataset,
     base_model: PreTrainedModel | PeftModel,
     processing_class: PreTrainedTokenizerBase,
@@ -238,7 +224,7 @@ def evaluate_policy(
     Args:
         generator ([`Generator`]):
             Samples the policy.
-        judge (`Callable[..., list]`):
+        judge (`Callable`):
             Judge in the form of a TRL reward function: called with `prompts`, `completions` and the other columns of
             the dataset, all repeated for each response, it gives for each response a score, an object with a `score`,
             or `None`.
@@ -268,7 +254,8 @@ def evaluate_policy(
     prompts = list(dataset["prompt"])
     responses = generator(prompts, num_responses)
     texts = [[response.text for response in row] for row in responses]
-    scores = _judge(judge, dataset, texts)
+    columns = {name: list(dataset[name]) for name in dataset.column_names if name != "prompt"}
+    scores = [[verdict.score for verdict in row] for row in judge_responses(judge, prompts, texts, columns)]
     with base_model.disable_adapter() if isinstance(base_model, PeftModel) else nullcontext():
         values = iter(
             perplexity(

@@ -33,7 +33,7 @@ from transformers import (
 from transformers.utils import logging
 from trl.trainer.utils import pad
 
-from .prompts import _parse_tools, _without_none
+from .prompts import parse_tools, without_none
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,8 @@ class TransformersGenerator:
         if isinstance(prompt, str):
             return self.processing_class(prompt)["input_ids"]
         text = self.processing_class.apply_chat_template(
-            _without_none(prompt),
-            tools=_without_none(_parse_tools(tools)),
+            without_none(prompt),
+            tools=without_none(parse_tools(tools)),
             add_generation_prompt=True,
             tokenize=False,
         )

@@ -69,12 +69,13 @@ def reference_log_probs(
     logps = torch.zeros(len(responses.input_ids))
     if trainer.precompute_ref_logps:
         # TRL keeps no reference model then, and the policy is no longer the reference once it is trained.
+        pool: Any = trainer.train_dataset
         if accelerator.is_main_process:
             for indices, column in (
                 (responses.chosen, "ref_chosen_logps"),
                 (responses.rejected, "ref_rejected_logps"),
             ):
-                logps[indices] = torch.tensor(trainer.train_dataset[column][:])
+                logps[indices] = torch.tensor(pool[column][:])
         return logps
     batches = length_batches(responses.input_ids, batch_tokens)
     for batch in batches[accelerator.process_index :: accelerator.num_processes]:

@@ -25,22 +25,43 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
-def _without_none(value: Any) -> Any:
-    # Arrow fills the keys that a message lacks with None as soon as another message of the column has them, so a
-    # message with `tool_calls=None` is the message without the key.
+def without_none(value: Any) -> Any:
+    """
+    The value without dictionary entries that are None.
+
+    Arrow fills the keys that a message lacks with None as soon as another message of the column has them, so a message
+    with `tool_calls=None` is the message without the key.
+
+    Args:
+        value (`Any`):
+            A JSON-like value.
+
+    Returns:
+        `Any`: A copy of it without them.
+    """
     if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
+        return {key: without_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [_without_none(item) for item in value]
+        return [without_none(item) for item in value]
     return value
 
 
 def _sha256(value: Any) -> str:
-    canonical = json.dumps(_without_none(value), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    canonical = json.dumps(without_none(value), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _parse_tools(tools: str | list | None) -> list | None:
+def parse_tools(tools: str | list | None) -> list | None:
+    """
+    Tool schemas as a list.
+
+    Args:
+        tools (`str` or `list`, *optional*):
+            Tool schemas of a row, as a list or as its JSON string.
+
+    Returns:
+        `list`, *optional*: The schemas, `None` if there are none.
+    """
     return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
 
 
@@ -57,7 +78,7 @@ def prompt_id(prompt: str | list[dict], tools: str | list | None = None) -> str:
     Returns:
         `str`: SHA-256 hex digest of the canonical JSON of prompt and tools.
     """
-    return _sha256({"prompt": prompt, "tools": _parse_tools(tools)})
+    return _sha256({"prompt": prompt, "tools": parse_tools(tools)})
 
 
 def pair_id(
@@ -82,7 +103,7 @@ def pair_id(
     Returns:
         `str`: SHA-256 hex digest of the canonical JSON of the pair. Swapping `chosen` and `rejected` changes it.
     """
-    return _sha256({"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": _parse_tools(tools)})
+    return _sha256({"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": parse_tools(tools)})
 
 
 def message_text(message: dict) -> str:
@@ -99,7 +120,7 @@ def message_text(message: dict) -> str:
     content = message.get("content") or ""
     if isinstance(content, list):
         content = "\n".join(part.get("text") or "" for part in content if part.get("type") == "text")
-    calls = _without_none(message.get("tool_calls") or [])
+    calls = without_none(message.get("tool_calls") or [])
     return "\n".join(filter(None, [content, *(json.dumps(call, ensure_ascii=False) for call in calls)]))
 
 
@@ -135,7 +156,7 @@ def render_prompt(prompt: str | list[dict], tools: str | list | None = None) -> 
     Returns:
         `str`: The rendered text.
     """
-    tools = _parse_tools(tools)
+    tools = parse_tools(tools)
     if isinstance(prompt, str):
         blocks = [prompt]
     elif len(prompt) == 1 and prompt[0]["role"] == "user":
@@ -143,7 +164,7 @@ def render_prompt(prompt: str | list[dict], tools: str | list | None = None) -> 
     else:
         blocks = [f"{message['role']}: {message_text(message)}" for message in prompt]
     if tools:
-        blocks.insert(0, "tools: " + json.dumps(_without_none(tools), sort_keys=True, ensure_ascii=False))
+        blocks.insert(0, "tools: " + json.dumps(without_none(tools), sort_keys=True, ensure_ascii=False))
     return "\n\n".join(blocks)
 
 

@@ -27,7 +27,7 @@ class ActivePairsSampler(Sampler[int]):
 
     The pool stays the training dataset and the length stays the budget, so optimizer, schedule and step count never
     notice a re-selection. A selection opens a stream of passes over its rows; each iteration takes the next `len(self)`
-    positions of it from [`start`] on. The order depends on the seed, the number of the selection and the position alone,
+    positions of it from `start` on. The order depends on the seed, the number of the selection and the position alone,
     not on global random state, so a resumed run finds its place.
 
     Args:
@@ -38,14 +38,16 @@ class ActivePairsSampler(Sampler[int]):
 
     Attributes:
         start (`int`):
-            Position in the stream at which the next iteration begins. May be negative where the first rows are skipped
-            by the caller, as they are when training resumes in the middle of an epoch.
+            Position in the stream at which the next iteration begins.
+        already_drawn (`int`):
+            Rows of the epoch that an earlier iterator has drawn: the next iteration yields that many fewer.
     """
 
     def __init__(self, num_samples: int, seed: int) -> None:
         self.num_samples = num_samples
         self.seed = seed
         self.start = 0
+        self.already_drawn = 0
         self._rows = np.arange(0)
         self._selection = 0
 
@@ -63,17 +65,17 @@ class ActivePairsSampler(Sampler[int]):
         self._selection = selection
 
     def _order(self, pass_index: int) -> np.ndarray:
-        seeds = np.random.SeedSequence([self.seed, self._selection, pass_index % 2**32])
+        seeds = np.random.SeedSequence([self.seed, self._selection, pass_index])
         generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
         return self._rows[torch.randperm(len(self._rows), generator=generator).numpy()]
 
     def __iter__(self) -> Iterator[int]:
         pass_index, offset = divmod(self.start, len(self._rows))
-        yielded = 0
-        while yielded < self.num_samples:
-            for row in self._order(pass_index)[offset : offset + self.num_samples - yielded].tolist():
-                yielded += 1
-                yield row
+        left = self.num_samples - self.already_drawn
+        while left > 0:
+            rows = self._order(pass_index)[offset : offset + left].tolist()
+            yield from rows
+            left -= len(rows)
             pass_index, offset = pass_index + 1, 0
 
     def __len__(self) -> int:
