@@ -215,6 +215,7 @@ class Funnel:
 
 
 def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -> None:
+    import datasets
     import transformers
     from accelerate import PartialState
     from packaging.version import Version
@@ -226,6 +227,9 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
     from trl_bpo.formats import load_rows, prepare_dataset
     from trl_bpo.report import summary_table
 
+    if training_args.disable_tqdm:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
     funnel = Funnel()
     state = PartialState()
     model_name = model_args.model_name_or_path
@@ -366,7 +370,10 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
     trainer.curated_card_fields = card_fields
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     tokens = max(int(entry.get("num_tokens", 0)) for entry in trainer.state.log_history)
-    funnel.add("training steps", trainer.state.global_step, f"{tokens:,} tokens; selection and training")
+    processes = f"{state.num_processes} process{'es' if state.num_processes > 1 else ''}"
+    funnel.add(
+        "training steps", trainer.state.global_step, f"{tokens:,} tokens; selection and training on {processes}"
+    )
     if trainer.selection is not None:
         metrics = trainer.selection.metrics
         kept = (

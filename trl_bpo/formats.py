@@ -80,14 +80,19 @@ def load_rows(name: str, split: str = "train", config: str | None = None) -> Dat
 
     Raises:
         `FileNotFoundError`: If the name looks like a file that is not there.
-        `ValueError`: If the file's type is unknown.
+        `ValueError`: If the file's type is unknown, or it has no rows.
     """
     path = Path(name)
     suffix = path.name.removesuffix(".gz").rpartition(".")[2]
     if path.is_file():
         if suffix not in _BUILDERS:
             raise ValueError(f"`{name}` is not a file of a known type. Convert it to one of {sorted(_BUILDERS)}.")
-        return load_dataset(_BUILDERS[suffix], data_files=str(path), split=split)
+        try:
+            return load_dataset(_BUILDERS[suffix], data_files=str(path), split=split)
+        except ValueError as error:
+            if "corresponds to no data" not in str(error):
+                raise
+            raise ValueError(f"`{name}` is empty, or has no rows in the split {split!r}.") from error
     if suffix in _BUILDERS:
         raise FileNotFoundError(f"There is no file `{name}`. Give the path from the current directory, or a Hub id.")
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():

@@ -1,0 +1,118 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import gzip
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from trl_bpo.formats import load_rows, prepare_dataset
+
+
+ROWS = [{"prompt": f"question {i}", "extra": i} for i in range(4)]
+
+
+def test_files_folders_and_slices_load_the_same_rows(tmp_path):
+    dataset = Dataset.from_list(ROWS)
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    with gzip.open(tmp_path / "zipped.jsonl.gz", "wt") as file:
+        file.write(lines)
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": dataset}).save_to_disk(tmp_path / "saved_dict")
+    for name in ("rows.jsonl", "zipped.jsonl.gz", "rows.parquet", "saved", "saved_dict"):
+        assert load_rows(str(tmp_path / name)).to_list() == ROWS, name
+    assert load_rows(str(tmp_path / "rows.jsonl"), "train[:2]").to_list() == ROWS[:2]
+
+
+def test_a_missing_file_and_an_unknown_type_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        load_rows(str(tmp_path / "absent.jsonl"))
+    (tmp_path / "rows.xlsx").write_text("")
+    with pytest.raises(ValueError, match="not a file of a known type"):
+        load_rows(str(tmp_path / "rows.xlsx"))
+
+
+@pytest.mark.parametrize(
+    ("row", "stage"),
+    [
+        ({"prompt": "p"}, "prompts"),
+        ({"prompt": "p", "responses": ["a", "b"]}, "responses"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1.0, None]}, "scores"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "pairs"),
+        ({"chosen": "same a", "rejected": "same b"}, "pairs"),
+    ],
+)
+def test_the_columns_decide_the_stage(row, stage):
+    prepared = prepare_dataset(Dataset.from_list([row, row]))
+    assert prepared.stage == stage and "prompt" in prepared.dataset.column_names
+
+
+@pytest.mark.parametrize(("text", "score"), [("text", "score"), ("response", "overall_score"), ("content", "rating")])
+def test_responses_that_carry_their_score_are_unpacked(text, score):
+    row = {"instruction": "p", "completions": [{text: "a", score: 3, "model": "m"}, {text: "b", score: None}]}
+    prepared = prepare_dataset(Dataset.from_list([row]), prompt_column="instruction")
+    assert prepared.stage == "scores"
+    assert prepared.dataset[0] == {"prompt": "p", "responses": ["a", "b"], "scores": [3, None]}
+
+
+def test_responses_without_any_score_start_at_the_judge():
+    row = {"prompt": "p", "responses": [{"text": "a"}, {"text": "b"}]}
+    assert prepare_dataset(Dataset.from_list([row])).stage == "responses"
+
+
+def test_transcripts_are_split_at_the_last_assistant_turn():
+    context = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant:"
+    rows = [
+        {"chosen": context + " I am well", "rejected": context + " I am not"},
+        {"chosen": context + " yes", "rejected": "\n\nHuman: other\n\nAssistant: no"},
+    ]
+    prepared = prepare_dataset(Dataset.from_list(rows))
+    assert prepared.dataset.to_list() == [{"chosen": " I am well", "rejected": " I am not", "prompt": context}]
+    assert prepared.dropped == 1
+    messages = prepare_dataset(Dataset.from_list(rows), to_messages=True).dataset[0]
+    assert messages["prompt"] == [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "how?"},
+    ]
+    assert messages["chosen"] == [{"role": "assistant", "content": "I am well"}]
+
+
+def test_an_earlier_stage_sets_what_is_there_aside():
+    pairs = Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "b", "extra": 1}])
+    prepared = prepare_dataset(pairs, start_from="prompts", to_messages=True)
+    assert prepared.stage == "prompts"
+    assert prepared.dataset.to_list() == [{"prompt": [{"role": "user", "content": "p"}], "extra": 1}]
+    scored = Dataset.from_list([{"prompt": "p", "responses": ["a"], "scores": [1.0]}])
+    assert prepare_dataset(scored, start_from="responses").dataset.column_names == ["prompt", "responses"]
+
+
+def test_errors_name_the_column_or_option():
+    dataset = Dataset.from_list([{"question": "q"}])
+    with pytest.raises(ValueError, match="no `prompt` column.*question.*prompt_column"):
+        prepare_dataset(dataset)
+    with pytest.raises(ValueError, match="is empty"):
+        prepare_dataset(Dataset.from_dict({"prompt": []}))
+    with pytest.raises(ValueError, match="streaming"):
+        prepare_dataset(dataset.to_iterable_dataset())
+    with pytest.raises(ValueError, match="`start_from` must be one of"):
+        prepare_dataset(dataset, prompt_column="question", start_from="middle")
+    with pytest.raises(ValueError, match="start_from='scores'.*lacks"):
+        prepare_dataset(dataset, prompt_column="question", start_from="scores")
+    pairs = Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(ValueError, match="does not apply to pairs"):
+        prepare_dataset(pairs, start_from="scores")
