@@ -298,7 +298,9 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
 
     # Candidates. What was paid for is on disk before the next stage begins; a later run can start from it.
     collected = Path(training_args.output_dir) / "_collected"
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    tokenizer = AutoTokenizer.from_pretrained(model_name, revision=model_args.model_revision)
+    quantization_config = get_quantization_config(model_args)
+    generation_kwargs = {**model_init_kwargs, "quantization_config": quantization_config}
 
     def make_generator(model: Any) -> TransformersGenerator:
         return TransformersGenerator(
@@ -309,7 +311,7 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
             top_p=script_args.top_p,
             batch_size=script_args.generation_batch_size,
             seed=training_args.seed,
-            model_init_kwargs=model_init_kwargs if isinstance(model, str) else None,
+            model_init_kwargs=generation_kwargs if isinstance(model, str) else None,
         )
 
     before = None
@@ -354,7 +356,7 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         model=model_name,
         args=training_args,
         train_dataset=dataset,
-        quantization_config=get_quantization_config(model_args),
+        quantization_config=quantization_config,
         peft_config=get_peft_config(model_args),
     )
     card_fields: dict[str, Any] = {

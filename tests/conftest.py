@@ -15,6 +15,7 @@
 
 """Fixtures that several test modules share."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -33,6 +34,11 @@ from tiny import tiny_model_dir
 # another process.
 torch.set_num_threads(1)
 datasets.disable_progress_bars()
+
+
+def pytest_collection_finish():
+    # Every training collects garbage. What the libraries made at import is none, and takes longest to look through.
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

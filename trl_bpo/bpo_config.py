@@ -127,7 +127,7 @@ class BPOConfig(DPOConfig):
             raise ValueError(f"`depth_scope` must be one of {SCOPES}, got {self.depth_scope!r}.")
         if self.reselect_every_epochs < 0:
             raise ValueError(f"`reselect_every_epochs` must not be negative, got {self.reselect_every_epochs}.")
-        for name in ("reselect_every_steps", "projection_dim", "gradient_batch_tokens"):
+        for name in ("depth_clusters", "reselect_every_steps", "projection_dim", "gradient_batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")

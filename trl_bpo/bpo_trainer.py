@@ -36,6 +36,7 @@ from trl.data_utils import maybe_extract_prompt
 from trl.trainer.utils import get_config_model_id
 
 from .bpo_config import BPOConfig
+from .clustering import check_n_clusters
 from .depth import DepthSelection, DepthSelector
 from .gradients import response_gradients, target_modules, unique_responses
 from .hub import CuratedCardData, push_curated_dataset, save_curated_dataset
@@ -58,10 +59,11 @@ _TRUNCATED_COLUMNS = {"chosen_truncated": "chosen_ids", "rejected_truncated": "r
 
 def _identify(row: dict) -> dict[str, str]:
     tools = row.get("tools")
-    return {
-        "prompt_id": row.get("prompt_id") or prompt_id(row["prompt"], tools),
-        "pair_id": row.get("pair_id") or pair_id(row["prompt"], row["chosen"], row["rejected"], tools),
+    ids = {
+        "prompt_id": prompt_id(row["prompt"], tools),
+        "pair_id": pair_id(row["prompt"], row["chosen"], row["rejected"], tools),
     }
+    return {name: value if row.get(name) is None else row[name] for name, value in ids.items()}
 
 
 def _cut_closing(row: dict, closing_ids: list[int], flags: dict[str, str]) -> dict[str, list[int]]:
@@ -178,7 +180,6 @@ class BPOTrainer(DPOTrainer):
         self._selection_step = self._num_selections = 0
         self._epoch_iterator: Iterator | None = None
         self._iterator: Iterator = iter(())
-        self._n_active = 0
         self._selector = DepthSelector(
             args.depth_fraction,
             n_clusters=args.depth_clusters,
@@ -196,9 +197,15 @@ class BPOTrainer(DPOTrainer):
 
         # The ids come from here on from what TRL's length filter left.
         ids = self.train_dataset.select_columns(["pair_id", "prompt_id", "_pool_row"])
-        self._pair_ids, self._prompt_ids = list(ids["pair_id"]), list(ids["prompt_id"])
+        self._pair_ids, self._prompt_ids = list(map(str, ids["pair_id"])), list(map(str, ids["prompt_id"]))
         self._pool = self._pool.select(np.asarray(ids["_pool_row"]))
-        self._n_active = self._selector.check(self._prompt_ids)
+        if args.depth_clusters is not None:
+            check_n_clusters("depth_clusters", args.depth_clusters, len(ids))
+        # The one sampler of every dataloader: a second dataloader does not take the selections away from the first.
+        # Until the first selection it yields the whole pool.
+        n_active = self._selector.check(self._prompt_ids)
+        self._sampler = ActivePairsSampler(n_active, args.seed if args.data_seed is None else args.data_seed)
+        self._sampler.set_rows(np.arange(len(ids)), 0)
         target_modules(self.accelerator.unwrap_model(self.model))
 
     def _identify_pairs(self, dataset: Dataset | IterableDataset, args: BPOConfig) -> Dataset | IterableDataset:
@@ -237,10 +244,11 @@ class BPOTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        flags = {flag: column for flag, column in _TRUNCATED_COLUMNS.items() if flag in (dataset.column_names or [])}
+        example: dict = next(iter(dataset), {})
+        flags = {flag: column for flag, column in _TRUNCATED_COLUMNS.items() if flag in example}
         if not flags:
             return dataset
-        if isinstance(next(iter(dataset))["prompt"], str):
+        if isinstance(example["prompt"], str):
             closing = self._tokenizer.eos_token
         else:
             turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
@@ -327,15 +335,7 @@ class BPOTrainer(DPOTrainer):
     # Training
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        if self._pool is None:
-            return super()._get_train_sampler(train_dataset)
-        # A new sampler means a new call of `train`, which starts with a selection.
-        self.selection = None
-        self._selection_step = self._num_selections = 0
-        self._epoch_iterator = None
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._sampler = ActivePairsSampler(self._n_active, seed)
-        return self._sampler
+        return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
 
     # The parent draws the batches of one optimizer step. This is the only place that all processes pass between two
     # steps, before the batches of the next one are drawn: a callback would be one prefetched batch late. The iterator of
@@ -349,16 +349,19 @@ class BPOTrainer(DPOTrainer):
         step = self.state.global_step
         every = self.args.reselect_every_steps or self.args.reselect_every_epochs * steps_per_epoch
         new_epoch = epoch_iterator is not self._epoch_iterator
-        due = self.selection is None or (every > 0 and step > self._selection_step and step % every == 0)
+        # With `auto_find_batch_size` training may start over, and lie behind its last selection.
+        due = self.selection is None or step < self._selection_step
+        due = due or (every > 0 and step > self._selection_step and step % every == 0)
         if due:
             selection = self.select_pairs()
             self._activate(selection, step)
             self._sampler.set_rows(np.flatnonzero(selection.selected), self._num_selections)
         if new_epoch or due:
+            n_active = len(self._sampler)
             per_step = self._train_batch_size * accumulation * self.accelerator.num_processes
 
             def drawn(steps: int) -> int:
-                return steps // steps_per_epoch * self._n_active + steps % steps_per_epoch * per_step
+                return steps // steps_per_epoch * n_active + steps % steps_per_epoch * per_step
 
             # An uninterrupted run opens its iterator when an epoch begins and at each selection within it. A resumed run
             # opens the same one, so that it draws the same batches to the last row.
@@ -426,6 +429,9 @@ class BPOTrainer(DPOTrainer):
         self._sampler.set_rows(np.flatnonzero(selected), self._num_selections)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        # Each call starts with a selection, or with that of its checkpoint.
+        self.selection = None
+        self._selection_step = self._num_selections = 0
         output = super().train(*args, **kwargs)
         if self._sampler is not None and self.selection is not None:
             if self.args.should_save:
@@ -454,7 +460,7 @@ class BPOTrainer(DPOTrainer):
         Returns:
             [`CuratedCardData`]: The data of the card.
         """
-        kept = self.curated_dataset["prompt_id"]
+        kept = list(map(str, self.curated_dataset["prompt_id"]))
         options = ("depth_fraction", "depth_clusters", "depth_scope", "min_pairs_per_prompt", "normalize_gradients")
         model_name = get_config_model_id(self.model.config)
         fields = dict(self.curated_card_fields)

@@ -1,0 +1,159 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+import shutil
+
+import pytest
+import torch
+from pairs import config, pairs
+from peft import LoraConfig
+from recording import RecordingTrainer
+
+from trl_bpo import BPOTrainer
+
+
+STATE = "bpo_state.json"
+
+
+def run(tiny_dir, path, resume=None, dataset=None, dropout=False, **kwargs):
+    """Train with a checkpoint after every step, anew or from a checkpoint."""
+    trainer = RecordingTrainer(
+        tiny_dir,
+        args=config(
+            path,
+            **{
+                "num_train_epochs": 3,
+                "save_strategy": "steps",
+                "save_steps": 1,
+                "disable_dropout": not dropout,
+                **kwargs,
+            },
+        ),
+        train_dataset=pairs() if dataset is None else dataset,
+        peft_config=LoraConfig(r=2, lora_dropout=0.2 if dropout else 0.0),
+    )
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return trainer
+
+
+def compare(resumed, whole, step):
+    assert resumed.batches == [(at, rows) for at, rows in whole.batches if at >= step]
+    assert resumed.selections == [(at, rows) for at, rows in whole.selections if at >= step]
+    assert resumed.state.global_step == whole.state.global_step
+    for (name, value), expected in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(value, expected), name
+    assert resumed.curated_dataset.to_dict() == whole.curated_dataset.to_dict()
+
+
+# 9 pairs a budget are five steps an epoch, the last with one pair: selections fall into the middle of an epoch, on its
+# last step and on its first.
+@pytest.mark.parametrize(
+    ("kwargs", "steps"),
+    [
+        ({"reselect_every_steps": 3}, [1, 3, 4, 5, 10, 13]),
+        ({"reselect_every_steps": 7, "gradient_accumulation_steps": 2}, [2, 4, 7, 8]),
+        ({"reselect_every_steps": 4, "dropout": True}, [4, 5, 8, 11]),
+        ({"reselect_every_epochs": 1}, [5, 7]),
+        ({"reselect_every_epochs": 2, "dataloader_drop_last": True, "dropout": True}, [3, 4, 6]),
+        ({"reselect_every_epochs": 0, "loss_type": "ipo"}, [2, 8]),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_ends_like_an_uninterrupted_one(tiny_dir, tmp_path, kwargs, steps):
+    whole = run(tiny_dir, tmp_path / "whole", **kwargs)
+    for step in steps:
+        checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+        compare(run(tiny_dir, tmp_path / "resumed", checkpoint, save_strategy="no", **kwargs), whole, step)
+
+
+def test_full_fine_tuning_with_precomputed_reference(tiny_dir, tmp_path):
+    def train(path, resume=None, **kwargs):
+        trainer = BPOTrainer(
+            tiny_dir,
+            args=config(path, loss_type="ipo", precompute_ref_log_probs=True, reselect_every_steps=3, **kwargs),
+            train_dataset=pairs(),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = train(tmp_path / "whole", save_strategy="steps", save_steps=4)
+    resumed = train(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-4"))
+    for value, expected in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_the_selection_of_a_checkpoint_is_restored_and_not_made_anew(tiny_dir, tmp_path):
+    whole = run(tiny_dir, tmp_path / "whole", num_train_epochs=1)
+    resumed = run(tiny_dir, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-2", num_train_epochs=1)
+    assert resumed.selections == []
+    assert resumed.selection.metrics == whole.selection.metrics
+
+
+def test_resuming_a_run_that_is_over(tiny_dir, tmp_path):
+    whole = run(tiny_dir, tmp_path / "whole", num_train_epochs=1)
+    resumed = run(tiny_dir, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-5", num_train_epochs=1)
+    assert resumed.batches == []
+    assert resumed.curated_dataset.to_dict() == whole.curated_dataset.to_dict()
+
+
+def test_resuming_from_the_last_checkpoint(tiny_dir, tmp_path):
+    whole = run(tiny_dir, tmp_path / "whole", reselect_every_steps=3, num_train_epochs=2)
+    for step in range(7, 11):
+        shutil.rmtree(tmp_path / "whole" / f"checkpoint-{step}")
+    trainer = RecordingTrainer(
+        tiny_dir,
+        args=config(tmp_path / "whole", reselect_every_steps=3, num_train_epochs=2),
+        train_dataset=pairs(),
+        peft_config=LoraConfig(r=2, lora_dropout=0.0),
+    )
+    trainer.train(resume_from_checkpoint=True)
+    compare(trainer, whole, 6)
+
+
+def test_other_pairs_are_refused(tiny_dir, tmp_path):
+    run(tiny_dir, tmp_path / "whole", num_train_epochs=1)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    for dataset in (pairs(seed=1), pairs().select(range(17)), pairs().select(range(17, -1, -1))):
+        with pytest.raises(ValueError, match="made from other pairs than those of `train_dataset`"):
+            run(tiny_dir, tmp_path / "resumed", checkpoint, dataset)
+
+
+def test_a_checkpoint_of_a_run_without_selection(tiny_dir, tmp_path):
+    whole = run(tiny_dir, tmp_path / "whole", num_train_epochs=2, save_steps=2)
+    for step in (2, 4):
+        checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+        (checkpoint / STATE).unlink()
+        resumed = run(tiny_dir, tmp_path / f"resumed-{step}", checkpoint, num_train_epochs=2)
+        assert resumed.state.global_step == whole.state.global_step == 10
+        assert [at for at, _ in resumed.selections] == [step, 5]
+        assert sum(len(rows) for at, rows in resumed.batches if at < 5) == 9 - 2 * step
+        for at, rows in resumed.batches:
+            assert set(rows) <= resumed.active(at)
+
+
+def test_without_selection_nothing_is_saved(tiny_dir, tmp_path):
+    trainer = BPOTrainer(
+        tiny_dir,
+        args=config(tmp_path, depth_fraction=1.0, save_strategy="steps", save_steps=4, max_steps=4),
+        train_dataset=pairs(),
+    )
+    trainer.train()
+    assert (tmp_path / "checkpoint-4").is_dir() and not (tmp_path / "checkpoint-4" / STATE).exists()
+
+
+def test_state_is_plain_json(tiny_dir, tmp_path):
+    trainer = run(tiny_dir, tmp_path, num_train_epochs=1)
+    state = json.loads((tmp_path / "checkpoint-5" / STATE).read_text())
+    assert set(state["selected"]) == trainer.selections[0][1] and state["selection_step"] == 0

@@ -1,0 +1,209 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import numpy as np
+import pytest
+from sklearn.metrics import adjusted_rand_score
+
+from trl_bpo.clustering import (
+    Clustering,
+    budget,
+    check_fraction,
+    check_n_clusters,
+    cluster,
+    default_n_clusters,
+    gaussian_variance_explained,
+    nearest_to_centre,
+)
+
+
+def ids_of(n):
+    # As content hashes, the ids have nothing to do with the order of the rows.
+    return [f"{(7 * i) % n:04d}" if n % 7 else f"{i:04d}" for i in range(n)]
+
+
+def blobs(sizes, dim=8, spread=0.1, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    return 5 * np.eye(dim)[labels] + spread * rng.standard_normal((len(labels), dim)), labels
+
+
+def from_labels(labels, distances, ids):
+    """A clustering with known labels and distances."""
+    labels, distances = np.asarray(labels), np.asarray(distances, dtype=float)
+    ranks = np.empty(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        ranks[sorted(rows, key=lambda row: (distances[row], ids[row]))] = np.arange(len(rows))
+    return Clustering(labels, distances, ranks, 0.5)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01, float("nan")])
+def test_fraction_out_of_range(fraction):
+    with pytest.raises(ValueError, match=r"`depth_fraction` must be in \(0, 1\]"):
+        check_fraction("depth_fraction", fraction)
+
+
+def test_fraction_in_range():
+    for fraction in (1e-9, 0.5, 1, 1.0):
+        check_fraction("fraction", fraction)
+
+
+def test_budget_and_default_number_of_clusters():
+    assert [budget(f, n) for f, n in [(0.5, 9), (0.5, 10), (0.1, 1), (0.001, 10), (1.0, 7), (1 / 3, 9)]] == [
+        4,
+        5,
+        1,
+        1,
+        7,
+        3,
+    ]
+    assert [default_n_clusters(n) for n in (1, 2, 12, 200, 20000)] == [1, 1, 2, 10, 100]
+
+
+@pytest.mark.parametrize("scope", ["per_cluster", "overall"])
+@pytest.mark.parametrize("n", [1, 2, 3, 12, 37, 100])
+def test_exactly_the_budget(n, scope):
+    features = np.random.default_rng(n).standard_normal((n, 5))
+    ids = ids_of(n)
+    for n_clusters in {None, 1, min(3, n), n}:
+        clustering = cluster(features, ids, n_clusters)
+        for fraction in (1e-6, 0.1, 1 / 3, 0.5, 0.77, 1.0):
+            n_keep = budget(fraction, n)
+            selected = nearest_to_centre(clustering, ids, n_keep, scope)
+            assert selected.dtype == bool and selected.sum() == n_keep
+
+
+def test_quotas_go_by_largest_remainder():
+    # 7 of 10 rows: the shares of clusters of 5, 3 and 2 rows are 3.5, 2.1 and 1.4, so the spare row goes to the first.
+    labels = [0] * 5 + [1] * 3 + [2] * 2
+    clustering = from_labels(labels, np.arange(10), ids_of(10))
+    selected = nearest_to_centre(clustering, ids_of(10), 7)
+    assert np.bincount(np.asarray(labels)[selected]).tolist() == [4, 2, 1]
+    assert selected.tolist() == [True] * 4 + [False] + [True] * 2 + [False] + [True, False]
+
+
+def test_equal_remainders_go_by_the_smallest_id():
+    # Three clusters of two rows and a budget of two: every share is 2/3.
+    ids = ["f", "e", "a", "z", "b", "y"]
+    selected = nearest_to_centre(from_labels([0, 0, 1, 1, 2, 2], [1, 2, 1, 2, 1, 2], ids), ids, 2)
+    assert selected.tolist() == [False, False, True, False, True, False]
+
+
+def test_equal_distances_go_by_id():
+    ids = ["d", "b", "a", "c"]
+    corners = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
+    clustering = cluster(corners, ids, 1)
+    assert clustering.ranks.tolist() == [3, 1, 0, 2]
+    for scope in ("per_cluster", "overall"):
+        assert nearest_to_centre(clustering, ids, 2, scope).tolist() == [False, True, True, False]
+
+
+def test_overall_keeps_the_nearest_wherever_they_lie():
+    clustering = from_labels([0, 0, 0, 1, 1, 1], [0.1, 0.2, 0.3, 5, 6, 7], list("abcdef"))
+    assert nearest_to_centre(clustering, list("abcdef"), 3, "overall").tolist() == [True] * 3 + [False] * 3
+    assert nearest_to_centre(clustering, list("abcdef"), 2, "per_cluster").tolist() == [True, False, False] * 2
+
+
+@pytest.mark.parametrize("scope", ["per_cluster", "overall"])
+def test_row_order_does_not_matter(scope):
+    rng = np.random.default_rng(0)
+    features, ids = rng.standard_normal((60, 6)), np.asarray(ids_of(60))
+    features[10:20] = features[0]  # ties, too
+    first = cluster(features, ids.tolist(), 5)
+    kept = set(ids[nearest_to_centre(first, ids.tolist(), 20, scope)])
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(60)
+        again = cluster(features[order], ids[order].tolist(), 5)
+        for name in ("labels", "distances", "ranks"):
+            assert np.array_equal(getattr(again, name), getattr(first, name)[order]), name
+        assert again.variance_explained == first.variance_explained
+        assert set(ids[order][nearest_to_centre(again, ids[order].tolist(), 20, scope)]) == kept
+
+
+def test_planted_clusters_are_found_and_distances_are_to_their_centres():
+    features, truth = blobs([30, 20, 10])
+    clustering = cluster(features, ids_of(60), 3)
+    assert adjusted_rand_score(truth, clustering.labels) == 1.0
+    assert clustering.n_clusters == 3 and clustering.variance_explained > 0.98
+    centres = np.stack([features[truth == label].mean(axis=0) for label in range(3)])
+    np.testing.assert_allclose(clustering.distances, np.linalg.norm(features - centres[truth], axis=1), rtol=1e-6)
+    for label in range(3):
+        rows = np.flatnonzero(truth == label)
+        assert (
+            rows[np.argsort(clustering.distances[rows])].tolist() == rows[np.argsort(clustering.ranks[rows])].tolist()
+        )
+    kept = nearest_to_centre(clustering, ids_of(60), 30)
+    assert np.bincount(truth[kept]).tolist() == [15, 10, 5]
+
+
+def test_one_row_and_as_many_clusters_as_rows():
+    clustering = cluster(np.ones((1, 3)), ["a"])
+    assert clustering.distances.tolist() == [0.0] and clustering.ranks.tolist() == [0]
+    clustering = cluster(np.arange(8.0).reshape(4, 2), list("abcd"), 4)
+    assert clustering.n_clusters == 4 and clustering.variance_explained == 1.0
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3])
+def test_rows_that_coincide_explain_nothing(value):
+    clustering = cluster(np.full((12, 3), value), ids_of(12), 3)
+    assert clustering.variance_explained == 0.0
+    assert nearest_to_centre(clustering, ids_of(12), 5).sum() == 5
+
+
+def test_more_clusters_than_rows():
+    with pytest.raises(ValueError, match=r"`breadth_clusters=5` asks for more clusters than there are rows \(4\)"):
+        cluster(np.eye(4), list("abcd"), 5, option="breadth_clusters")
+    with pytest.raises(ValueError, match="`n_clusters` must be at least 1, got 0"):
+        cluster(np.eye(4), list("abcd"), 0)
+    check_n_clusters("n_clusters", 4, 4)
+
+
+def test_the_seed_decides():
+    features = np.random.default_rng(0).standard_normal((80, 4))
+    labels = [cluster(features, ids_of(80), 8, seed).labels for seed in (0, 0, 1)]
+    assert np.array_equal(labels[0], labels[1])
+    assert not np.array_equal(labels[0], labels[2])
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gaussian_has_the_mean_and_covariance_of_the_features(normalize):
+    # Neither centred nor round: a sample that lost the mean or a direction would explain something else.
+    rng = np.random.default_rng(0)
+    mix, mean = rng.standard_normal((6, 6)) * np.array([4, 2, 1, 1, 0.5, 0.1])[:, None], 3 * rng.standard_normal(6)
+    features = rng.standard_normal((400, 6)) @ mix + mean
+    if normalize:
+        features /= np.linalg.norm(features, axis=1, keepdims=True)
+    values = [gaussian_variance_explained(features, ids_of(400), 6, seed, normalize) for seed in range(4)]
+    samples = rng.multivariate_normal(features.mean(axis=0), np.cov(features.T), size=(4, 400))
+    if normalize:
+        samples /= np.linalg.norm(samples, axis=2, keepdims=True)
+    expected = [cluster(sample, ids_of(400), 6, seed).variance_explained for seed, sample in enumerate(samples)]
+    assert np.mean(values) == pytest.approx(np.mean(expected), abs=0.04)
+
+
+def test_planted_clusters_explain_more_than_the_gaussian():
+    features, _ = blobs([40] * 5)
+    clustering = cluster(features, ids_of(200), 5)
+    gaussian = gaussian_variance_explained(features, ids_of(200), 5, normalize=False)
+    assert clustering.variance_explained > gaussian + 0.3
+
+
+def test_gaussian_does_not_depend_on_row_order():
+    features = np.random.default_rng(0).standard_normal((50, 4))
+    ids, order = np.asarray(ids_of(50)), np.random.default_rng(1).permutation(50)
+    assert gaussian_variance_explained(features, ids.tolist(), 4) == gaussian_variance_explained(
+        features[order], ids[order].tolist(), 4
+    )
