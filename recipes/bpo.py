@@ -43,7 +43,7 @@ accelerate launch recipes/bpo.py \
 ```
 """
 
-import argparse
+import json
 import os
 import sys
 import time
@@ -53,6 +53,8 @@ from pathlib import Path
 from typing import Any
 
 from trl import ScriptArguments
+
+from trl_bpo.clustering import SCOPES, check_fraction
 
 
 @dataclass
@@ -113,6 +115,9 @@ class BPOScriptArguments(ScriptArguments):
             File with another prompt template for the judge.
         judge_concurrency (`int`, *optional*, defaults to `8`):
             Requests to the judge under way at once.
+        judge_kwargs (`str` or `dict`, *optional*):
+            Further arguments of [`~trl_bpo.OpenAIJudge`] or [`~trl_bpo.RewardModelJudge`], as JSON, such as
+            `{"temperature": null}` for a model that takes no temperature.
         pair_rule (`str`, *optional*, defaults to `"uniform"`):
             `uniform`, `all`, `adjacent` or `best_worst`.
         min_margin (`float`, *optional*, defaults to `0.0`):
@@ -169,6 +174,9 @@ class BPOScriptArguments(ScriptArguments):
         default=None, metadata={"help": "File with another prompt template for the judge."}
     )
     judge_concurrency: int = field(default=8, metadata={"help": "Requests to the judge under way at once."})
+    judge_kwargs: str | dict | None = field(
+        default=None, metadata={"help": "Further arguments of the judge, as JSON."}
+    )
     pair_rule: str = field(default="uniform", metadata={"help": "uniform, all, adjacent or best_worst."})
     min_margin: float = field(
         default=0.0, metadata={"help": "Difference of scores below which two responses make no pair."}
@@ -177,22 +185,37 @@ class BPOScriptArguments(ScriptArguments):
         default=False, metadata={"help": "Whether a response cut at the token limit may be the chosen one."}
     )
 
+    def __post_init__(self) -> None:
+        check_fraction("breadth_fraction", self.breadth_fraction)
+        if self.breadth_scope not in SCOPES:
+            raise ValueError(f"`breadth_scope` must be one of {SCOPES}, got {self.breadth_scope!r}.")
+        for name in ("dataset_streaming", "ignore_bias_buffers"):
+            if getattr(self, name):
+                raise ValueError(f"`{name}` does not go with this script: BPO must see all rows. Unset it.")
 
-def make_judge(script_args: BPOScriptArguments) -> Any:
+
+def make_judge(script_args: BPOScriptArguments, columns: list[str]) -> Any:
     from trl_bpo import OpenAIJudge, RewardModelJudge, VerifiableJudge
 
     if script_args.judge == "verifiable":
+        if "constraints" not in columns:
+            raise ValueError(
+                "`judge='verifiable'` needs a column `constraints`, as `trl_bpo.VerifiableJudge` takes it."
+            )
         return VerifiableJudge()
     if script_args.judge_model is None:
         raise ValueError(f"`judge={script_args.judge!r}` needs `judge_model`: the name of the model that judges.")
+    kwargs = script_args.judge_kwargs or {}
+    kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
     if script_args.judge == "reward_model":
-        return RewardModelJudge(script_args.judge_model)
-    template = Path(script_args.judge_prompt_file).read_text() if script_args.judge_prompt_file else None
+        return RewardModelJudge(script_args.judge_model, **kwargs)
+    if script_args.judge_prompt_file is not None:
+        kwargs["prompt_template"] = Path(script_args.judge_prompt_file).read_text(encoding="utf-8")
     return OpenAIJudge(
         script_args.judge_model,
         base_url=script_args.judge_base_url,
-        prompt_template=template,
         max_concurrency=script_args.judge_concurrency,
+        **kwargs,
     )
 
 
@@ -251,13 +274,33 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         dataset = load_rows(dataset_name, script_args.dataset_train_split, script_args.dataset_config)
     if model_name is None:
         raise ValueError("`model_name_or_path` is required: the SFT policy to sample from and to train.")
-    prepared = prepare_dataset(
-        dataset,
-        prompt_column=script_args.prompt_column,
-        start_from=script_args.start_from,
-        to_messages=script_args.to_messages,
-    )
+
+    def prepare(rows: Any, start_from: str) -> Any:
+        return prepare_dataset(
+            rows,
+            prompt_column=script_args.prompt_column,
+            start_from=start_from,
+            to_messages=script_args.to_messages,
+        )
+
+    prepared = prepare(dataset, script_args.start_from)
     dataset, stage = prepared.dataset, prepared.stage
+    collected = Path(training_args.output_dir) / "_collected"
+    if stage in ("prompts", "responses"):
+        restart = f"--dataset_name {collected / 'scores.parquet'} --start_from scores --breadth_fraction 1.0"
+        if training_args.resume_from_checkpoint is not None:
+            raise ValueError(f"To resume training, start from the pairs' scores rather than collect anew: {restart}")
+        if script_args.judge == "openai" and (collected / "scores.parquet").exists():
+            raise ValueError(
+                f"{collected} holds the scores of an earlier run, which were paid for. Start from them ({restart}), or "
+                "choose another `output_dir`."
+            )
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        if stage != "pairs":
+            raise ValueError(f"`eval_strategy` needs pairs to evaluate on, but the data are {stage}. Set it to 'no'.")
+        rows = load_rows(dataset_name, script_args.dataset_test_split, script_args.dataset_config)
+        eval_dataset = prepare(rows, "pairs").dataset
     breadth = None
     if script_args.breadth_fraction != 1.0:
         breadth = BreadthSelector(
@@ -267,14 +310,14 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
             scope=script_args.breadth_scope,
             seed=training_args.seed,
         )
-    judge = make_judge(script_args) if stage in ("prompts", "responses") else None
     collector = BPODataCollector(
-        judge=judge,
         num_responses=script_args.num_responses,
         pair_rule=script_args.pair_rule,
         min_margin=script_args.min_margin,
         allow_truncated_chosen=script_args.allow_truncated_chosen,
     )
+    if stage in ("prompts", "responses"):
+        collector.judge = make_judge(script_args, dataset.column_names)
     model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -282,6 +325,26 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         **(training_args.model_init_kwargs or {}),
     }
     training_args.model_init_kwargs = model_init_kwargs
+    quantization_config = get_quantization_config(model_args)
+    tokenizer = AutoTokenizer.from_pretrained(model_name, revision=model_args.model_revision)
+
+    def make_generator(model: Any) -> TransformersGenerator:
+        kwargs = {**model_init_kwargs, "quantization_config": quantization_config}
+        return TransformersGenerator(
+            model,
+            tokenizer,
+            max_new_tokens=script_args.max_new_tokens,
+            temperature=script_args.temperature,
+            top_p=script_args.top_p,
+            batch_size=script_args.generation_batch_size,
+            seed=training_args.seed,
+            model_init_kwargs=kwargs if isinstance(model, str) else None,
+        )
+
+    if stage == "prompts":
+        if script_args.temperature == 0:
+            raise ValueError("`temperature=0` gives the same response every time. Raise it, so that pairs can differ.")
+        collector.generator = make_generator(model_name)
     dropped = f", {prepared.dropped} transcript pairs of two contexts dropped" if prepared.dropped else ""
     funnel.add("rows", len(dataset), f"from {public_name(dataset_name)}, start at {stage}{dropped}")
 
@@ -297,29 +360,17 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         )
 
     # Candidates. What was paid for is on disk before the next stage begins; a later run can start from it.
-    collected = Path(training_args.output_dir) / "_collected"
-    tokenizer = AutoTokenizer.from_pretrained(model_name, revision=model_args.model_revision)
-    quantization_config = get_quantization_config(model_args)
-    generation_kwargs = {**model_init_kwargs, "quantization_config": quantization_config}
-
-    def make_generator(model: Any) -> TransformersGenerator:
-        return TransformersGenerator(
-            model,
-            tokenizer,
-            max_new_tokens=script_args.max_new_tokens,
-            temperature=script_args.temperature,
-            top_p=script_args.top_p,
-            batch_size=script_args.generation_batch_size,
-            seed=training_args.seed,
-            model_init_kwargs=generation_kwargs if isinstance(model, str) else None,
-        )
-
+    judge_name = public_name(script_args.judge_model or script_args.judge)
     before = None
     if stage == "prompts":
-        collector.generator = make_generator(model_name)
         if heldout is not None:
             before = evaluate_policy(
-                collector.generator, judge, heldout, collector.generator.model, tokenizer, group_column="kinds"
+                collector.generator,
+                collector.judge,
+                heldout,
+                collector.generator.model,
+                tokenizer,
+                group_column="kinds",
             )
             funnel.add("held-out prompts", len(heldout), "answered and judged before training")
         dataset = collector.generate(dataset)
@@ -335,20 +386,19 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         if state.is_main_process:
             dataset.to_parquet(collected / "scores.parquet")
         scored = sum(score is not None for scores in dataset["scores"] for score in scores)
-        funnel.add(
-            "scores", scored, f"{collector.report.unscored} without; by {script_args.judge_model or script_args.judge}"
-        )
+        funnel.add("scores", scored, f"{collector.report.unscored} without; by {judge_name}")
     if stage != "pairs":
         dataset = collector.pair(dataset)
         pairs = collector.report.pairs
         funnel.add(
             "pairs",
             pairs.pairs,
-            f"{pairs.ties} ties, {pairs.unscored} without a score, {pairs.truncated_chosen} with a cut-off winner, "
+            f"{pairs.ties} ties, {pairs.unscored} responses without a score, {pairs.truncated_chosen} with a cut-off winner, "
             f"{pairs.prompts_without_pair} prompts without a pair",
         )
 
-    # Depth and DPO
+    # Depth and DPO. A reward model would take the policy's room.
+    judge, collector.judge = (collector.judge if heldout is not None else None), None
     settings = ["breadth_fraction"] if breadth is not None else []
     settings += ["num_responses", "temperature", "top_p", "max_new_tokens"] if stage == "prompts" else []
     settings += ["pair_rule", "min_margin"] if stage != "pairs" else []
@@ -356,9 +406,14 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         model=model_name,
         args=training_args,
         train_dataset=dataset,
+        eval_dataset=eval_dataset,
         quantization_config=quantization_config,
         peft_config=get_peft_config(model_args),
     )
+    if over_long := len(dataset) - len(trainer.train_dataset):
+        funnel.add(
+            "pairs that fit", len(trainer.train_dataset), f"{over_long} whose prompt fills `max_length` dropped"
+        )
     card_fields: dict[str, Any] = {
         "source_datasets": [public_name(dataset_name)],
         "source_split": script_args.dataset_train_split,
@@ -367,8 +422,8 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
     }
     if stage == "prompts":
         card_fields["policy_model"] = quickstart.POLICY_NAME if script_args.quickstart else public_name(model_name)
-    if judge is not None:
-        card_fields["judge"] = script_args.judge_model or script_args.judge
+    if stage in ("prompts", "responses"):
+        card_fields["judge"] = judge_name
     trainer.curated_card_fields = card_fields
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     tokens = max(int(entry.get("num_tokens", 0)) for entry in trainer.state.log_history)
@@ -403,15 +458,12 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         trainer.end()
 
 
-def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None) -> Any:
+def make_parser() -> Any:
     from trl import ModelConfig, TrlParser
 
     from trl_bpo import BPOConfig
 
-    dataclass_types = (BPOScriptArguments, BPOConfig, ModelConfig)
-    if subparsers is not None:
-        return subparsers.add_parser("bpo", help="Run the BPO script", dataclass_types=dataclass_types)
-    return TrlParser(dataclass_types, prog=prog)
+    return TrlParser((BPOScriptArguments, BPOConfig, ModelConfig))
 
 
 if __name__ == "__main__":

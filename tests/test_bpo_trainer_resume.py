@@ -130,6 +130,12 @@ def test_other_pairs_are_refused(tiny_dir, tmp_path):
             run(tiny_dir, tmp_path / "resumed", checkpoint, dataset)
 
 
+def test_another_budget_is_refused(tiny_dir, tmp_path):
+    run(tiny_dir, tmp_path / "whole", num_train_epochs=1)
+    with pytest.raises(ValueError, match="trained on 9 pairs, but `depth_fraction` now stands for 14"):
+        run(tiny_dir, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-2", depth_fraction=0.8)
+
+
 def test_a_checkpoint_of_a_run_without_selection(tiny_dir, tmp_path):
     whole = run(tiny_dir, tmp_path / "whole", num_train_epochs=2, save_steps=2)
     for step in (2, 4):

@@ -24,9 +24,9 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from openai_server import OpenAIServer
 from tiny import tiny_model_dir, tiny_reward_model_dir
 
+from trl_bpo import OpenAIJudge, RewardModelJudge, Verdict
 from trl_bpo.collector import BPODataCollector
 from trl_bpo.generation import Response, TransformersGenerator
-from trl_bpo.judging import OpenAIJudge, RewardModelJudge, Verdict
 
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "The weather"}}]
@@ -62,7 +62,7 @@ def test_real_generator_and_reward_model(generator, tmp_path):
     assert len(pairs) == 6 and sorted(pairs["source"]) == ["a", "a", "b", "b", "c", "c"]
     assert pairs[0]["chosen"][0]["role"] == "assistant"
     assert all(row["score_chosen"] > row["score_rejected"] for row in pairs)
-    assert set(pairs["judge"]) == {str(tmp_path)}
+    assert set(pairs["judge"]) == {tmp_path.name}
     # The scores belong to the responses that they stand beside.
     row = pairs[5]
     (again,) = judge(prompts=[row["prompt"]], completions=[row["chosen"]])
@@ -149,6 +149,19 @@ def test_columns_reach_generator_and_judge():
     }
     assert scored["scores"] == [[1.0, None]] * 2 and scored["verdicts"] == [["fine", None]] * 2
     assert scored["completions"] == [[], []]
+
+
+def test_scores_that_are_not_finite_count_as_unscored():
+    def judge(completions, **columns):
+        return [float("nan"), 1.0, float("inf"), None, 2.0]
+
+    dataset = Dataset.from_dict({"prompt": ["a"], "responses": [["v", "w", "x", "y", "z"]]})
+    collector = BPODataCollector(judge=judge)
+    scored = collector.score(dataset)
+    assert scored["scores"] == [[None, 1.0, None, None, 2.0]]
+    assert scored["verdicts"] == [["nan", None, "inf", None, None]]
+    collector.pair(scored)
+    assert collector.report.unscored == collector.report.pairs.unscored == 3
 
 
 def test_name_of_a_callable_object():
@@ -255,6 +268,7 @@ def test_two_processes(tmp_path):
     command += [str(tmp_path / "script.py"), model_dir, str(tmp_path), *prompts]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
+    assert run.stderr.count("Generating responses:   0%") == 1
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["seen"] == prompts[:2] and second["seen"] == prompts[2:]
     assert (first["judged"], second["judged"]) == (12, 0)

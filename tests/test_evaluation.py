@@ -13,6 +13,7 @@
 # limitations under the License.
 
 
+import json
 import math
 import statistics
 
@@ -25,11 +26,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_bpo import Verdict
 from trl_bpo.evaluation import comparison_table, distinct_n, evaluate_policy, paired_difference, perplexity
-from trl_bpo.generation import Response
+from trl_bpo.generation import Response, TransformersGenerator
 from trl_bpo.verifiable import VerifiableJudge
 
 
 PROMPTS = ["What is the capital of France?", "Write a poem.", "Sort a list.", "Name the sea.", "What is it?"]
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "The weather of a city"}}]
 RESPONSES = ["Paris.", "The sea and the wind, please.", " \n", "It depends on what you want to do with it.", "x"]
 
 
@@ -43,9 +45,11 @@ def conversational(prompts):
     return [[{"role": "user", "content": prompt}] for prompt in prompts]
 
 
-def looped_perplexity(model, tokenizer, prompt, response):
+def looped_perplexity(model, tokenizer, prompt, response, tools=None):
     if isinstance(prompt, list):
-        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        prompt_ids = tokenizer.apply_chat_template(prompt, tools=tools, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
     else:
         prompt_ids = tokenizer(prompt)["input_ids"]
     response_ids = tokenizer(response)["input_ids"]
@@ -63,7 +67,7 @@ class CannedGenerator:
     def __init__(self, responses):
         self.responses = responses
 
-    def __call__(self, prompts, num_responses):
+    def __call__(self, prompts, num_responses, tools=None):
         assert len(prompts) * num_responses == len(self.responses)
         taken = iter(self.responses)
         return [[next(taken) for _ in range(num_responses)] for _ in prompts]
@@ -84,6 +88,20 @@ def test_perplexity_equals_a_loop_over_tokens(tiny, chat, batch_size):
         if value is not None:
             assert value == pytest.approx(looped_perplexity(model, tokenizer, prompt, response), rel=1e-4)
     assert len(set(values)) == len(values)
+
+
+def test_perplexity_with_tools(tiny):
+    prompts = conversational(PROMPTS[:3])
+    values = perplexity(*tiny, prompts, ["Paris."] * 3, tools=[TOOLS, json.dumps(TOOLS), None])
+    assert values[0] == pytest.approx(looped_perplexity(*tiny, prompts[0], "Paris.", TOOLS), rel=1e-4)
+    assert values[1] == pytest.approx(looped_perplexity(*tiny, prompts[1], "Paris.", TOOLS), rel=1e-4)
+    assert values[2] == pytest.approx(looped_perplexity(*tiny, prompts[2], "Paris."), rel=1e-4)
+    assert values[0] != pytest.approx(looped_perplexity(*tiny, prompts[0], "Paris."), rel=1e-2)
+
+
+def test_perplexity_shows_its_progress(tiny, capsys):
+    perplexity(*tiny, PROMPTS, RESPONSES, batch_size=3)
+    assert "Computing perplexities: 100%" in capsys.readouterr().err
 
 
 def test_perplexity_restores_the_mode_and_leaves_no_gradient(tiny):
@@ -161,10 +179,29 @@ def test_judge_is_called_like_a_reward_function(tiny):
     assert call["completions"][2] == [{"role": "assistant", "content": "c"}]
 
 
+def test_tools_reach_generator_judge_and_perplexity(tiny):
+    model, tokenizer = tiny
+    judged = []
+
+    def judge(completions, tools, **kwargs):
+        judged.extend((completion[0]["content"], tool) for completion, tool in zip(completions, tools, strict=True))
+        return [1.0] * len(completions)
+
+    prompts = conversational(PROMPTS[:1] * 2)
+    tools = [json.dumps(TOOLS), None]
+    generator = TransformersGenerator(model, tokenizer, max_new_tokens=8, temperature=0)
+    report = evaluate_policy(generator, judge, Dataset.from_dict({"prompt": prompts, "tools": tools}), *tiny)
+    expected = [row[0].text for row in generator(prompts, 1, tools)]
+    assert judged == list(zip(expected, tools, strict=True)) and expected[0] != expected[1]
+    values = perplexity(model, tokenizer, prompts, expected, tools=tools)
+    assert report.perplexity_median == pytest.approx(statistics.median(values), rel=1e-4)
+    assert values != pytest.approx(perplexity(model, tokenizer, prompts, expected), rel=1e-2)
+
+
 def test_unscored_responses_are_counted_and_left_out(tiny):
     dataset = Dataset.from_dict({"prompt": PROMPTS[:3]})
     generator = CannedGenerator(responses_of(*"abcdef"))
-    verdicts = [Verdict(4.0), Verdict(None), None, Verdict(None), 8, 6.0]
+    verdicts = [Verdict(4.0), Verdict(None), float("nan"), None, 8, 6.0]
     report = evaluate_policy(generator, lambda **_: verdicts, dataset, *tiny, num_responses=2)
     assert report.prompt_scores == [4, None, 7]
     assert report.score_mean == 5.5

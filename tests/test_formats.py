@@ -42,6 +42,9 @@ def test_a_missing_file_and_an_unknown_type_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no file"):
         load_rows(str(tmp_path / "absent.jsonl"))
     (tmp_path / "rows.xlsx").write_text("")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="is empty"):
+        load_rows(str(tmp_path / "empty.jsonl"))
     with pytest.raises(ValueError, match="not a file of a known type"):
         load_rows(str(tmp_path / "rows.xlsx"))
 
@@ -99,6 +102,47 @@ def test_an_earlier_stage_sets_what_is_there_aside():
     assert prepared.dataset.to_list() == [{"prompt": [{"role": "user", "content": "p"}], "extra": 1}]
     scored = Dataset.from_list([{"prompt": "p", "responses": ["a"], "scores": [1.0]}])
     assert prepare_dataset(scored, start_from="responses").dataset.column_names == ["prompt", "responses"]
+
+
+def test_a_prompt_column_that_is_asked_for_goes_first():
+    dataset = Dataset.from_list([{"prompt": "not this", "instruction": "this"}])
+    assert prepare_dataset(dataset, prompt_column="instruction").dataset.to_list() == [{"prompt": "this"}]
+
+
+def test_what_a_later_stage_writes_is_set_aside():
+    row = {"prompt": "p", "responses": ["a"], "truncated": [False], "scores": [1.0], "verdicts": ["x"], "judge": "j"}
+    dataset = Dataset.from_list([{**row, "pair_id": "1", "score_chosen": 2.0}])
+    assert set(prepare_dataset(dataset).dataset.column_names) == set(row)
+    again = prepare_dataset(dataset, start_from="responses").dataset
+    assert set(again.column_names) == {"prompt", "responses", "truncated"}
+    assert prepare_dataset(dataset, start_from="prompts").dataset.column_names == ["prompt"]
+
+
+def test_scores_beside_responses_with_other_keys_are_kept():
+    dataset = Dataset.from_list([{"prompt": "p", "responses": [{"text": "a"}, {"text": "b"}], "scores": [1.0, 2.0]}])
+    prepared = prepare_dataset(dataset)
+    assert prepared.stage == "scores"
+    assert prepared.dataset.to_list() == [{"prompt": "p", "responses": ["a", "b"], "scores": [1.0, 2.0]}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "p", "responses": ["a"]}, {"prompt": "p", "responses": []}], "Row 1 has an empty `responses`"),
+        ([{"prompt": "p", "responses": ["a"], "scores": [1.0, 2.0]}], "Row 0 has 1 `responses` but 2 `scores`"),
+        ([{"prompt": "p", "chosen": "a", "rejected": None}], "Row 0 has an empty `rejected`"),
+        (
+            [
+                {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+                {"chosen": "plain", "rejected": "text"},
+            ],
+            "Row 1 is no transcript",
+        ),
+    ],
+)
+def test_a_bad_row_is_named(rows, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_dataset(Dataset.from_list(rows))
 
 
 def test_errors_name_the_column_or_option():

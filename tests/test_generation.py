@@ -19,7 +19,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model_dir
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trl_bpo.generation import TransformersGenerator
 
@@ -157,11 +157,61 @@ def test_model_and_tokenizer_are_restored(model, tokenizer):
     assert (json.dumps(model.generation_config.to_dict(), default=str), tokenizer.pad_token) == before
 
 
-def test_model_generation_config_does_not_narrow_the_sampling(model, tokenizer):
-    reference = TransformersGenerator(model, tokenizer, max_new_tokens=6)(PROMPTS, num_responses=2)
-    model.generation_config.top_k = 1
-    model.generation_config.repetition_penalty = 5.0
-    assert TransformersGenerator(model, tokenizer, max_new_tokens=6)(PROMPTS, num_responses=2) == reference
+LEAKS = {
+    "top_k": 1,
+    "min_p": 0.9,
+    "typical_p": 0.1,
+    "epsilon_cutoff": 0.5,
+    "eta_cutoff": 0.5,
+    "repetition_penalty": 5.0,
+    "encoder_repetition_penalty": 5.0,
+    "no_repeat_ngram_size": 1,
+    "bad_words_ids": [[token] for token in range(5, 200)],
+    "suppress_tokens": list(range(5, 200)),
+    "begin_suppress_tokens": list(range(5, 200)),
+    "sequence_bias": [[[20], 50.0]],
+    "exponential_decay_length_penalty": (1, 50.0),
+    "guidance_scale": 3.0,
+    "forced_eos_token_id": 20,
+    "min_new_tokens": 6,
+    "num_beams": 3,
+}
+
+
+@pytest.mark.parametrize("option", LEAKS)
+def test_model_generation_config_does_not_change_the_sampling(model, tokenizer, option):
+    # Few tokens end a response, so that options about the end show as well.
+    model.generation_config.eos_token_id = list(range(40, 120))
+    generator = TransformersGenerator(model, tokenizer, max_new_tokens=6)
+    reference = generator(PROMPTS, num_responses=2)
+    setattr(model.generation_config, option, LEAKS[option])
+    config, before = model.generation_config, model.generation_config.to_dict()
+    assert generator(PROMPTS, num_responses=2) == reference
+    assert model.generation_config is config and config.to_dict() == before
+
+
+@pytest.mark.parametrize("of_its_own", [True, False])
+def test_generation_config_of_a_peft_model(model, tokenizer, of_its_own):
+    policy = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    generator = TransformersGenerator(policy, tokenizer, max_new_tokens=6)
+    reference = generator(PROMPTS, num_responses=2)
+    config = own = model.generation_config
+    if of_its_own:
+        policy.generation_config = own = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    config.no_repeat_ngram_size = own.no_repeat_ngram_size = 1
+    assert generator(PROMPTS, num_responses=2) == reference
+    assert model.generation_config is config and policy.generation_config is own
+    assert ("generation_config" in vars(policy)) == of_its_own
+
+
+def test_generation_config_is_restored_after_an_error(model, tokenizer):
+    config = model.generation_config
+    model.train()
+    # A token that the embedding does not have.
+    tokenizer.add_tokens("sea")
+    with pytest.raises(IndexError):
+        TransformersGenerator(model, tokenizer, max_new_tokens=2)(["sea"], num_responses=1)
+    assert model.generation_config is config and model.training
 
 
 def test_tokenizer_without_pad_token(model, tokenizer):

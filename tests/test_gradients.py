@@ -18,7 +18,7 @@ from datasets import Dataset
 from pairs import IdentityProjection, config, pairs, relative_error
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
@@ -303,3 +303,31 @@ def test_batches_depend_on_the_responses_alone():
     batches = [[ids[i] for i in batch] for batch in length_batches(ids, 20)]
     backwards = ids[::-1]
     assert [[backwards[i] for i in batch] for batch in length_batches(backwards, 20)] == batches
+
+
+def test_trainable_experts_are_refused():
+    # Their weights are stacked in one parameter, behind which no hook of a linear layer fires.
+    config = Qwen3MoeConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="experts.*stacks several weights"):
+        target_modules(model)
+    lora = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    assert len(target_modules(lora)) == 4
+
+
+def test_layers_without_a_part_in_the_pass_are_named(tiny_dir, caplog):
+    model = load(tiny_dir, "lora")
+    model.register_module("bystander", nn.Linear(4, 4))
+    response_gradients(model, RESPONSES, SparseProjection(16), pad_token_id=0)
+    assert "1 trainable linear layers, such as `bystander`, took no part" in caplog.text

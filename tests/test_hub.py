@@ -208,16 +208,34 @@ class TestCreateDatasetCard:
         assert "{{ " not in body and "{%" not in body
 
     def test_least_card(self):
-        data = CuratedCardData(pretty_name="Pairs", policy_model="policy", num_pairs=4, num_prompts=2)
+        data = CuratedCardData("Pairs", num_pairs=4, num_prompts=2)
         metadata, body = split_card(create_dataset_card(make_dataset(), data))
         assert "license" not in metadata
         overview = dict(table(sections(body)[""]))
         assert overview["Licence"] == "not set"
-        assert overview["Judge"] == overview["Source data"] == overview["Source revision"] == "not recorded"
+        assert overview["Judge"] == overview["Policy that wrote the responses"] == "not recorded"
+        assert overview["Source data"] == overview["Source revision"] == "not recorded"
         assert "the publisher has to set a licence" in body
         assert "Measured on the selection" not in body and "Pairs per prompt" not in body
         assert "Date" not in overview
         assert set(data.versions) == {"trl_bpo", "trl", "transformers", "datasets", "torch"}
+
+    @pytest.mark.parametrize("judge", ["gpt-4.1", None])
+    @pytest.mark.parametrize("policy_model", ["org/policy-1B", None])
+    def test_card_claims_nothing_that_is_not_recorded(self, policy_model, judge):
+        card = create_dataset_card(make_dataset(), make_card_data(policy_model=policy_model, judge=judge))
+        parts = sections(split_card(card)[1])
+        intro, limits = " ".join(parts[""].split()), parts["Limits"]
+        overview = dict(table(parts[""]))
+        assert ("collects several responses" in intro) == (policy_model is not None)
+        assert "the prompts nearest to the centres stay), " in intro
+        assert "*depth*). How many pairs a prompt keeps is the outcome, not a setting. | Property" in intro
+        assert ("written by a language model" in limits) == (policy_model is not None)
+        assert ("decided by a judge" in limits) == (judge is not None)
+        assert limits.count("is not recorded") == (policy_model, judge).count(None)
+        assert [line[:2] for line in limits.strip().splitlines()] == ["- "] * 4
+        assert overview["Policy that wrote the responses"] == (f"`{policy_model}`" if policy_model else "not recorded")
+        assert ("org/policy-1B" if policy_model else "path/to/the/policy") in parts["Use"]
 
     def test_no_picture(self):
         assert "![" not in str(create_dataset_card(make_dataset(), make_card_data()))

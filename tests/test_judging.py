@@ -16,12 +16,14 @@
 import asyncio
 import json
 import logging
+import math
 import re
 import socket
 import subprocess
 import sys
 import threading
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,7 +171,7 @@ def read_template():
 
 
 def test_own_template():
-    _, server = judge_with(rate_by_length, ['a "b"'], prompt_template='Rate {response} to {prompt} {"x": 1}')
+    _, server = judge_with(lambda _: "7", ['a "b"'], prompt_template='Rate {response} to {prompt} {"x": 1}')
     assert server.requests[0]["messages"][1]["content"] == 'Rate "a \\"b\\"" to "What is it?" {"x": 1}'
 
 
@@ -240,12 +242,42 @@ def test_server_errors_are_retried_and_then_counted(caplog):
     assert "1 x InternalServerError" in caplog.text and "1 x RateLimitError" in caplog.text
 
 
-def test_unreachable_server(caplog):
+@pytest.mark.parametrize(("responses", "failures"), [(200, 3), (2, 2)])
+def test_unreachable_server_stops_the_run(responses, failures):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        judge = OpenAIJudge("grader", base_url=f"http://127.0.0.1:{unused.getsockname()[1]}/v1", max_retries=0)
-        assert judge(prompts=["a"], completions=["b"]) == [Verdict(None, "APIConnectionError")]
-    assert "1 x APIConnectionError" in caplog.text
+        base_url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+        judge = OpenAIJudge("grader", base_url=base_url, max_retries=0, max_concurrency=3)
+        # The second time, the count starts anew.
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"cannot be reached: {failures} requests.*`base_url`") as raised:
+                judge(prompts=["a"] * responses, completions=["b"] * responses)
+    assert raised.value.__context__ is None and raised.value.__cause__ is None
+
+
+def test_server_that_went_away_stops_nothing(caplog):
+    with OpenAIServer(rate_by_length) as server:
+        judge = OpenAIJudge("grader", base_url=server.base_url, max_retries=0, max_concurrency=2)
+        assert judge(prompts=["a"], completions=["four"])[0].score == 4
+    verdicts = judge(prompts=["a"] * 5, completions=["b"] * 5)
+    assert verdicts == [Verdict(None, "APIConnectionError")] * 5
+    assert "5 x APIConnectionError" in caplog.text
+
+
+def test_only_connection_errors_in_a_row_stop_the_run():
+    barrier = threading.Barrier(2, timeout=30)
+
+    def answer(request):
+        # Two by two, so that two errors never follow each other.
+        barrier.wait()
+        if judged_texts(request)[1] == "lost":
+            raise ConnectionError("The handler ends here, and the connection with it.")
+        return "Good."
+
+    with OpenAIServer(answer) as server:
+        judge = OpenAIJudge("grader", base_url=server.base_url, max_retries=0, max_concurrency=2)
+        verdicts = judge(prompts=["a"] * 12, completions=["lost", "prose", "prose", "prose"] * 3)
+    assert [verdict.raw for verdict in verdicts] == ["APIConnectionError", "Good.", "Good.", "Good."] * 3
 
 
 @pytest.mark.parametrize(
@@ -296,7 +328,33 @@ def test_key_is_neither_kept_nor_logged(caplog):
     assert KEY not in caplog.text and KEY not in repr(vars(judge)) and KEY not in repr(verdict)
 
 
-@pytest.mark.parametrize("value", [None, ""])
+@pytest.mark.parametrize("base_url", ["http//foo", "127.0.0.1:8000/v1", "localhost:8000", "ftp://a/v1", "http://", ""])
+@pytest.mark.parametrize("in_environment", [True, False])
+def test_unusable_address(monkeypatch, base_url, in_environment):
+    if in_environment:
+        monkeypatch.setenv("OPENAI_BASE_URL", base_url)
+    with pytest.raises(ValueError, match="`base_url`.*`http://localhost:8000/v1`"):
+        OpenAIJudge("grader", base_url=None if in_environment else base_url)
+
+
+def test_white_space_around_the_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\r\n")
+    verdicts, server = judge_with(rate_by_length, ["four"], key=KEY)
+    assert verdicts[0].score == 4 and server.rejected == 0
+    with pytest.raises(ValueError, match="The server says: .*Bad \\*\\*\\*") as raised:
+        judge_with(lambda request: error(400, f"Bad {KEY}"))
+    assert KEY not in str(raised.value)
+
+
+@pytest.mark.parametrize("value", ["sk-s\u00e9cret", "\u201csk-secret\u201d", "sk-sec\nret"])
+def test_key_that_cannot_be_sent(monkeypatch, value):
+    monkeypatch.setenv("OPENAI_API_KEY", value)
+    with pytest.raises(ValueError, match="`OPENAI_API_KEY` holds characters") as raised:
+        OpenAIJudge("grader")
+    assert "sk-" not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("value", [None, "", " \n"])
 def test_missing_key(monkeypatch, value):
     if value is None:
         monkeypatch.delenv("OPENAI_API_KEY")
@@ -389,6 +447,17 @@ def test_reward_model_tools_and_restored_mode(reward_model, tokenizer):
     assert reward_model.training
 
 
+def test_reward_model_name_is_no_path(reward_dir, monkeypatch):
+    name = Path(reward_dir).name
+    assert RewardModelJudge(reward_dir + "/").__name__ == name
+    model, tokenizer = RewardModelJudge(reward_dir).model, AutoTokenizer.from_pretrained(reward_dir)
+    assert RewardModelJudge(model, tokenizer).__name__ == name
+    monkeypatch.chdir(reward_dir)
+    assert RewardModelJudge(".").__name__ == name
+    model.config._name_or_path = "org/reward-model"
+    assert RewardModelJudge(model, tokenizer).__name__ == "org/reward-model"
+
+
 def test_reward_model_max_length(reward_model, tokenizer, caplog):
     judge = RewardModelJudge(reward_model, tokenizer, max_length=4)
     scores = judge(prompts=["abcdef"] * 3, completions=["x", "y" * 50, ""])
@@ -430,6 +499,12 @@ def test_judge_responses_calls_in_the_form_of_a_reward_function():
     assert calls == {"prompts": ["a", "a", "b"], "completions": ["x", "y", "z"], "answer": [1, 1, 2]}
     judge_responses(judge, [MESSAGES], [["x", "y", "z"]], {"answer": [1]})
     assert calls["completions"] == [assistant("x"), assistant("y"), assistant("z")]
+
+
+def test_scores_that_are_not_finite_are_none():
+    entries = [math.nan, torch.tensor(math.inf), Verdict(-math.inf, "so bad"), 1.0]
+    (verdicts,) = judge_responses(lambda **_: entries, ["a"], [["w", "x", "y", "z"]])
+    assert verdicts == [Verdict(None, "nan"), Verdict(None, "inf"), Verdict(None, "so bad"), Verdict(1.0)]
 
 
 def test_trl_reward_function_as_judge():

@@ -170,7 +170,7 @@ def test_from_scores_that_responses_carry(recipe, tiny_dir, tmp_path, capsys):
         output_dir=tmp_path / "out",
     )
     _, printed = check_outputs(tmp_path / "out", capsys, "pairs")
-    assert "start at scores" in printed and "5 without a score" in printed
+    assert "start at scores" in printed and "5 responses without a score" in printed
 
 
 def test_from_transcript_pairs_without_a_prompt(recipe, tiny_dir, tmp_path, capsys):
@@ -257,6 +257,16 @@ def test_a_push_reads_back_from_the_hub(tiny_dir, tmp_path):
     )
 
 
+def test_a_push_that_fails_loses_nothing(tiny_dir, tmp_path):
+    pairs(6, 2).to_parquet(tmp_path / "pairs.parquet")
+    arguments = {"dataset_name": tmp_path / "pairs.parquet", "model_name_or_path": tiny_dir}
+    arguments |= {"output_dir": tmp_path / "out", "curated_dataset_hub_id": "tester/kept"}
+    result = launch(arguments, HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN="hf_test", HF_HUB_DISABLE_TELEMETRY="1")
+    assert "could not be pushed to tester/kept" in result.stderr and "hf_test" not in result.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "out" / "_curated_dataset" / "README.md").is_file()
+
+
 @pytest.mark.parametrize("name", ["hh_rlhf", "safe_rlhf", "ultrafeedback"])
 def test_the_configurations_of_the_paper_run_with_a_local_file_and_a_small_model(
     name, recipe, tiny_dir, encoder, tmp_path, monkeypatch, capsys
@@ -299,10 +309,19 @@ def test_the_configurations_of_the_paper_run_with_a_local_file_and_a_small_model
         ([], {}, "empty"),
         ([{"prompt": "q"}], {}, "needs `judge_model`"),
         ([{"prompt": "q"}], {"judge_model": "judge"}, "OPENAI_API_KEY"),
-        ([{"prompt": "q"}], {"judge": "verifiable", "breadth_fraction": 0}, "must be in \\(0, 1\\]"),
-        ([{"prompt": "q"}], {"judge": "verifiable", "breadth_fraction": 1.5}, "must be in \\(0, 1\\]"),
-        ([{"prompt": "q"}], {"judge": "verifiable", "pair_rule": "some"}, "pair rule|`pair_rule`|some"),
-        ([{"prompt": "q"}], {"judge": "verifiable", "depth_fraction": 0}, "`depth_fraction` must be in"),
+        ([{"prompt": "q"}], {"judge": "verifiable"}, "a column `constraints`"),
+        ([{"prompt": "q"}], {"breadth_fraction": 0}, "`breadth_fraction` must be in \\(0, 1\\]"),
+        ([{"prompt": "q"}], {"breadth_fraction": 1.5}, "`breadth_fraction` must be in \\(0, 1\\]"),
+        ([{"prompt": "q"}], {"breadth_scope": "some"}, "`breadth_scope` must be one of"),
+        ([{"prompt": "q"}], {"pair_rule": "some"}, "Unknown pair rule `some`.*`best_worst`"),
+        ([{"prompt": "q"}], {"depth_fraction": 0}, "`depth_fraction` must be in"),
+        ([{"prompt": "q"}], {"ld_alpha": 0.5}, "`ld_alpha=0.5` does not go with selection"),
+        ([{"prompt": "q"}], {"dataset_streaming": "true"}, "`dataset_streaming` does not go"),
+        ([{"prompt": "q"}], {"eval_strategy": "epoch"}, "`eval_strategy` needs pairs"),
+        ([{"prompt": "q"}], {"resume_from_checkpoint": "x"}, "--start_from scores"),
+        ([{"prompt": "q"}], {"curated_dataset_hub_id": "a/b/c"}, "a/b/c"),
+        ([{"prompt": "q"}], {"prompt_column": "nope"}, "`prompt_column='nope'` is not among"),
+        ([{"prompt": "q"}, {"prompt": ""}], {}, "Row 1 has an empty `prompt`"),
         (
             [{"prompt": f"q {i}", "responses": ["a", "b"], "scores": [3, 3]} for i in range(3)],
             {},
@@ -326,6 +345,31 @@ def test_bad_input_is_one_clear_error(rows, options, message, recipe, tiny_dir, 
     (Dataset.from_list(rows) if rows else Dataset.from_dict({"prompt": []})).to_parquet(data)
     with pytest.raises(ValueError, match=message):
         run(recipe, dataset_name=data, model_name_or_path=tiny_dir, output_dir=tmp_path / "out", **options)
+
+
+def test_paid_scores_are_not_overwritten(recipe, tiny_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    data = write(tmp_path / "prompts.jsonl", [{"prompt": "q"}])
+    scores = tmp_path / "out" / "_collected" / "scores.parquet"
+    scores.parent.mkdir(parents=True)
+    scores.touch()
+    with pytest.raises(ValueError, match="were paid for.*--start_from scores --breadth_fraction 1.0"):
+        run(recipe, dataset_name=data, model_name_or_path=tiny_dir, output_dir=tmp_path / "out", judge_model="judge")
+
+
+def test_pairs_with_an_evaluation_split(recipe, tiny_dir, tmp_path, capsys):
+    pairs(10, 1).to_parquet(tmp_path / "pairs.parquet")
+    run(
+        recipe,
+        dataset_name=tmp_path / "pairs.parquet",
+        dataset_train_split="train[:8]",
+        dataset_test_split="train[8:]",
+        eval_strategy="epoch",
+        model_name_or_path=tiny_dir,
+        output_dir=tmp_path / "out",
+        num_train_epochs=1,
+    )
+    check_outputs(tmp_path / "out", capsys)
 
 
 def test_what_is_missing_is_named(recipe, tiny_dir, tmp_path):

@@ -16,9 +16,20 @@
 
 from dataclasses import dataclass, field
 
+from huggingface_hub import get_token
+from huggingface_hub.utils import validate_repo_id
 from trl import DPOConfig
 
 from .clustering import SCOPES, check_fraction
+
+
+# The only value of each option that goes with selection, and why.
+_NOT_WITH_SELECTION = {
+    "train_sampling_strategy": ("random", "the order of the selected pairs is drawn by BPOTrainer"),
+    "ignore_data_skip": (False, "a resumed run would not find its place in the selection"),
+    "use_weighting": (False, "the weights of WPO are not part of the gradient features yet"),
+    "ld_alpha": (None, "with it a response's gradient depends on its partner, which is not covered yet"),
+}
 
 
 @dataclass
@@ -131,4 +142,18 @@ class BPOConfig(DPOConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.curated_dataset_hub_id is not None:
+            validate_repo_id(self.curated_dataset_hub_id)
+            if (self.hub_token or get_token()) is None:
+                raise ValueError(
+                    "`curated_dataset_hub_id` is set, but there is no token to push with. Set `HF_TOKEN` or log in with "
+                    "`hf auth login`."
+                )
+        if self.depth_fraction < 1.0:
+            for name, (value, reason) in _NOT_WITH_SELECTION.items():
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"`{name}={getattr(self, name)!r}` does not go with selection: {reason}. Unset it, or set "
+                        "`depth_fraction=1.0` to train without selection."
+                    )
         super().__post_init__()

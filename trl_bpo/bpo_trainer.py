@@ -224,17 +224,6 @@ class BPOTrainer(DPOTrainer):
             )
         if {"image", "images"} & set(dataset.column_names):
             raise ValueError(f"Vision-language pairs have no gradient features yet. Use text-only pairs, {off}")
-        unsupported = {
-            "train_sampling_strategy": ("random", "the order of the selected pairs is drawn by BPOTrainer"),
-            "ignore_data_skip": (False, "a resumed run would not find its place in the selection"),
-            "use_weighting": (False, "the weights of WPO are not part of the gradient features yet"),
-            "ld_alpha": (None, "with it a response's gradient depends on its partner, which is not covered yet"),
-        }
-        for name, (value, reason) in unsupported.items():
-            if getattr(args, name) != value:
-                raise ValueError(
-                    f"`{name}={getattr(args, name)!r}` does not go with selection: {reason}. Unset it, {off}"
-                )
         # The curated dataset has the texts as they came in: TRL appends the EOS token to those of the pool.
         with args.main_process_first(desc="identifying pairs"):
             dataset = dataset.map(maybe_extract_prompt, desc="Extracting prompts")
@@ -251,8 +240,8 @@ class BPOTrainer(DPOTrainer):
         if isinstance(example["prompt"], str):
             closing = self._tokenizer.eos_token
         else:
-            turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-            closing = processing_class.apply_chat_template(turns, tokenize=False).rpartition("y")[2]
+            turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "MARK"}]
+            closing = processing_class.apply_chat_template(turns, tokenize=False).rpartition("MARK")[2]
         closing_ids = self._tokenizer(closing, add_special_tokens=False)["input_ids"]
         return dataset.map(_cut_closing, fn_kwargs={"closing_ids": closing_ids, "flags": flags})
 
@@ -260,7 +249,8 @@ class BPOTrainer(DPOTrainer):
 
     def select_pairs(self) -> DepthSelection:
         """
-        Select pairs under the current policy. Training calls this on its schedule; it also works without training.
+        Select pairs under the current policy. Training calls this on its schedule; it also works without training, and
+        then [`~BPOTrainer.curated_dataset`] is what was kept.
 
         Under several processes all of them must call it. They share the responses, and all get the same selection.
 
@@ -284,6 +274,7 @@ class BPOTrainer(DPOTrainer):
         broadcast_object_list(outcome, from_process=0)
         if not isinstance(outcome[0], DepthSelection):
             raise outcome[0] or RuntimeError("The main process sent no selection.")
+        self.selection = outcome[0]
         return outcome[0]
 
     def _pair_features(self) -> torch.Tensor:
@@ -310,8 +301,7 @@ class BPOTrainer(DPOTrainer):
         # Each row is zero on all processes but one, so the sum is exact.
         return self.accelerator.reduce(tensor.to(self.accelerator.device)).cpu()
 
-    def _activate(self, selection: DepthSelection, step: int) -> None:
-        previous, self.selection = self.selection, selection
+    def _activate(self, selection: DepthSelection, previous: DepthSelection | None, step: int) -> None:
         self._selection_step, self._num_selections = step, self._num_selections + 1
         metrics = dict(selection.metrics)
         if previous is not None:
@@ -353,8 +343,8 @@ class BPOTrainer(DPOTrainer):
         due = self.selection is None or step < self._selection_step
         due = due or (every > 0 and step > self._selection_step and step % every == 0)
         if due:
-            selection = self.select_pairs()
-            self._activate(selection, step)
+            previous, selection = self.selection, self.select_pairs()
+            self._activate(selection, previous, step)
             self._sampler.set_rows(np.flatnonzero(selection.selected), self._num_selections)
         if new_epoch or due:
             n_active = len(self._sampler)
@@ -391,6 +381,7 @@ class BPOTrainer(DPOTrainer):
         if self._sampler is not None and self.selection is not None and self.args.should_save:
             state = {
                 "pool": self._pool_hash(),
+                "budget": len(self._sampler),
                 "selection_step": self._selection_step,
                 "num_selections": self._num_selections,
                 "selected": np.flatnonzero(self.selection.selected).tolist(),
@@ -416,6 +407,11 @@ class BPOTrainer(DPOTrainer):
                 f"The selection in {checkpoint} was made from other pairs than those of `train_dataset`. Resume with the "
                 "same dataset and `max_length`, or start anew without `resume_from_checkpoint`."
             )
+        if state["budget"] != len(self._sampler):
+            raise ValueError(
+                f"The run in {checkpoint} trained on {state['budget']} pairs, but `depth_fraction` now stands for "
+                f"{len(self._sampler)}. Resume with the `depth_fraction` of that run."
+            )
         selected = np.zeros(len(self._pair_ids), dtype=bool)
         selected[state["selected"]] = True
         self.selection = DepthSelection(
@@ -437,7 +433,15 @@ class BPOTrainer(DPOTrainer):
             if self.args.should_save:
                 save_curated_dataset(self.curated_dataset, self._curated_path, self.curated_card_data())
             if self.args.curated_dataset_hub_id is not None:
-                self.push_curated_dataset()
+                try:
+                    self.push_curated_dataset()
+                except Exception as error:
+                    # The model is not saved yet at this point, and it cost more than a second push does.
+                    logger.error(
+                        f"The curated dataset could not be pushed to {self.args.curated_dataset_hub_id}: {error}. It is "
+                        f"saved in {self._curated_path}; call `push_curated_dataset()` to push it again.",
+                        exc_info=True,
+                    )
         return output
 
     # Curated dataset
@@ -469,7 +473,7 @@ class BPOTrainer(DPOTrainer):
         settings |= {name: getattr(self.args, name) for name in (*options, "projection_dim", "seed")}
         data = CuratedCardData(
             pretty_name=f"Pairs that BPO kept for {Path(str(self.args.output_dir)).name}",
-            policy_model="not recorded",
+            policy_model=None,
             num_pairs=len(kept),
             num_prompts=len(set(kept)),
             funnel=[*funnel, ("pairs kept (depth)", len(kept), f"by the gradients at step {self._selection_step}")],
@@ -494,15 +498,13 @@ class BPOTrainer(DPOTrainer):
         repo_id = repo_id or self.args.curated_dataset_hub_id
         if repo_id is None:
             raise ValueError("Name the dataset repository with `repo_id`, or set `curated_dataset_hub_id`.")
-        url = None
-        if self.accelerator.is_main_process:
-            url = push_curated_dataset(
-                self.curated_dataset,
-                repo_id,
-                self.curated_card_data(),
-                private=self.args.hub_private_repo,
-                token=self.args.hub_token,
-                saved_to=self._curated_path,
-            )
-        self.accelerator.wait_for_everyone()
-        return url
+        if not self.accelerator.is_main_process:
+            return None
+        return push_curated_dataset(
+            self.curated_dataset,
+            repo_id,
+            self.curated_card_data(),
+            private=self.args.hub_private_repo,
+            token=self.args.hub_token,
+            saved_to=self._curated_path,
+        )

@@ -246,15 +246,18 @@ class BreadthSelector:
         reasons = [
             None if keep else "duplicate" if copy else "distance" for keep, copy in zip(kept, duplicate, strict=True)
         ]
-        dataset = dataset.remove_columns([c for c in dataset.column_names if c.startswith("breadth_")])
-        for column, values in {
+        annotations = {
             "breadth_cluster": clustering.labels[inverse],
             "breadth_distance": clustering.distances[inverse],
             "breadth_rank": clustering.ranks[inverse],
             "breadth_selected": kept,
-        }.items():
-            dataset = dataset.add_column(column, values)
-        dataset = dataset.add_column("breadth_dropped", reasons, feature=Value("string"))
+            "breadth_dropped": reasons,
+        }
+        dataset = dataset.remove_columns([name for name in annotations if name in dataset.column_names])
+        for name, values in annotations.items():
+            # A column of nothing but None would have no type.
+            feature = Value("string") if name == "breadth_dropped" else None
+            dataset = dataset.add_column(name, values, feature=feature)
         selection = BreadthSelection(
             dataset=dataset,
             rows=len(dataset),

@@ -124,9 +124,8 @@ class BPODataCollector:
     Example:
 
     ```python
-    >>> from trl_bpo.collector import BPODataCollector
+    >>> from trl_bpo import BPODataCollector, OpenAIJudge
     >>> from trl_bpo.generation import TransformersGenerator
-    >>> from trl_bpo.judging import OpenAIJudge
 
     >>> collector = BPODataCollector(TransformersGenerator("Qwen/Qwen3-0.6B"), OpenAIJudge("gpt-4.1-mini"))
     >>> pairs = collector.collect(prompts)

@@ -86,13 +86,16 @@ class DepthSelection:
         Returns:
             [`~datasets.Dataset`]: All pairs, with the columns of the module's table.
         """
-        dataset = dataset.remove_columns([name for name in dataset.column_names if name.startswith("depth_")])
-        return (
-            dataset.add_column("depth_cluster", self.clusters)
-            .add_column("depth_distance", self.distances)
-            .add_column("depth_rank", self.ranks)
-            .add_column("depth_selected", self.selected)
-        )
+        columns = {
+            "depth_cluster": self.clusters,
+            "depth_distance": self.distances,
+            "depth_rank": self.ranks,
+            "depth_selected": self.selected,
+        }
+        dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
+        for name, values in columns.items():
+            dataset = dataset.add_column(name, values)
+        return dataset
 
 
 class DepthSelector:
@@ -164,6 +167,20 @@ class DepthSelector:
             `ValueError`: If there is no pair, if there are more clusters than pairs, or if `min_pairs_per_prompt`
                 asks for more pairs than the budget allows.
         """
+        n_keep, n_prompts = self._budget(prompt_ids), len(set(prompt_ids))
+        if 2 * n_keep < n_prompts:
+            logger.warning(
+                "The budget leaves most prompts without a pair: %d pairs (fraction %s of %d) for %d prompts, so at "
+                "least %d prompts keep none. Raise the fraction, or select fewer prompts beforehand.",
+                n_keep,
+                self.fraction,
+                len(prompt_ids),
+                n_prompts,
+                n_prompts - n_keep,
+            )
+        return n_keep
+
+    def _budget(self, prompt_ids: list[str]) -> int:
         n = len(prompt_ids)
         if n == 0:
             raise ValueError("There is no pair to select from: the dataset is empty, or every row was filtered out.")
@@ -174,19 +191,9 @@ class DepthSelector:
         floor = int(np.minimum(pairs_per_prompt, self.min_pairs_per_prompt).sum())
         if floor > n_keep:
             raise ValueError(
-                f"`min_pairs_per_prompt={self.min_pairs_per_prompt}` needs {floor} pairs, but `fraction="
-                f"{self.fraction}` of {n} pairs is a budget of {n_keep}. Raise the fraction to at least "
+                f"`min_pairs_per_prompt={self.min_pairs_per_prompt}` needs {floor} pairs, but a fraction of "
+                f"{self.fraction} of {n} pairs is a budget of {n_keep}. Raise the fraction to at least "
                 f"{floor / n:.3g}, or lower `min_pairs_per_prompt`."
-            )
-        if 2 * n_keep < len(pairs_per_prompt):
-            logger.warning(
-                "The budget leaves most prompts without a pair: %d pairs (fraction %s of %d) for %d prompts, so at "
-                "least %d prompts keep none. Raise the fraction, or select fewer prompts beforehand.",
-                n_keep,
-                self.fraction,
-                n,
-                len(pairs_per_prompt),
-                len(pairs_per_prompt) - n_keep,
             )
         return n_keep
 
@@ -209,7 +216,7 @@ class DepthSelector:
         Raises:
             `ValueError`: If features are not finite, if all are zero, or for the reasons of [`~DepthSelector.check`].
         """
-        n_keep = self.check(prompt_ids)
+        n_keep = self._budget(prompt_ids)
         n = len(pair_ids)
         norms = np.linalg.norm(np.asarray(features, dtype=np.float64), axis=1)
         if not np.isfinite(norms).all():

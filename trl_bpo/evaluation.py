@@ -23,12 +23,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .generation import Generator, Response
 from .judging import Judge, judge_responses
+from .prompts import parse_tools, without_none
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,14 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
 
 def _token_ids(
-    processing_class: PreTrainedTokenizerBase, prompt: str | list[dict], response: str
+    processing_class: PreTrainedTokenizerBase, prompt: str | list[dict], response: str, tools: str | list | None
 ) -> tuple[list[int], list[int]]:
     if isinstance(prompt, str):
         prompt_ids = processing_class(prompt)["input_ids"]
     else:
-        rendered = processing_class.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        rendered = processing_class.apply_chat_template(
+            without_none(prompt), tools=without_none(parse_tools(tools)), add_generation_prompt=True, tokenize=False
+        )
         # The template writes the special tokens itself.
         prompt_ids = processing_class(rendered, add_special_tokens=False)["input_ids"]
     return prompt_ids, processing_class(response, add_special_tokens=False)["input_ids"]
@@ -120,6 +125,7 @@ def perplexity(
     prompts: list[str | list[dict]],
     responses: list[str],
     batch_size: int = 8,
+    tools: list | None = None,
 ) -> list[float | None]:
     """
     Perplexity of responses given their prompts: the exponential of the mean negative log-likelihood of their tokens.
@@ -135,25 +141,32 @@ def perplexity(
             Responses. The end-of-sequence token does not count, as a response that was cut off has none.
         batch_size (`int`, *optional*, defaults to `8`):
             Number of responses in a forward pass.
+        tools (`list`, *optional*):
+            Tool schemas for each response, as a list, its JSON string or `None`. They go into the chat template.
 
     Returns:
         `list[float | None]`: The perplexities; `None` for a response without a visible character.
     """
     sequences = {}
-    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+    rows = zip(prompts, responses, tools or [None] * len(prompts), strict=True)
+    for index, (prompt, response, response_tools) in enumerate(rows):
         if response.strip():
-            sequences[index] = _token_ids(processing_class, prompt, response)
+            sequences[index] = _token_ids(processing_class, prompt, response, response_tools)
     # Sequences of about the same length share a batch, so that little is computed on padding.
     order = sorted(sequences, key=lambda index: sum(map(len, sequences[index])))
     result: list[float | None] = [None] * len(responses)
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            losses = _mean_losses(model, [sequences[index] for index in batch])
-            for index, loss in zip(batch, losses, strict=True):
-                result[index] = math.exp(min(loss, 700.0))  # The exponential overflows shortly above.
+        with logging.tqdm(
+            total=len(order), desc="Computing perplexities", disable=not PartialState().is_main_process
+        ) as progress:
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                losses = _mean_losses(model, [sequences[index] for index in batch])
+                for index, loss in zip(batch, losses, strict=True):
+                    result[index] = math.exp(min(loss, 700.0))  # The exponential overflows shortly above.
+                progress.update(len(batch))
     finally:
         model.train(was_training)
     return result
@@ -229,7 +242,8 @@ def evaluate_policy(
             the dataset, all repeated for each response, it gives for each response a score, an object with a `score`,
             or `None`.
         dataset ([`~datasets.Dataset`]):
-            Prompts to evaluate on, in the column `prompt`. Columns that the judge needs come along.
+            Prompts to evaluate on, in the column `prompt`; optionally the tool schemas of each, in the column `tools`.
+            Columns that the judge needs come along.
         base_model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Model under which the perplexity of the responses is computed: the policy before training. Of a PEFT model
             the adapter is switched off meanwhile.
@@ -252,9 +266,10 @@ def evaluate_policy(
     if len(dataset) == 0:
         raise ValueError("`dataset` is empty: there is nothing to evaluate on.")
     prompts = list(dataset["prompt"])
-    responses = generator(prompts, num_responses)
-    texts = [[response.text for response in row] for row in responses]
     columns = {name: list(dataset[name]) for name in dataset.column_names if name != "prompt"}
+    tools = columns.get("tools") or [None] * len(prompts)
+    responses = generator(prompts, num_responses, tools)
+    texts = [[response.text for response in row] for row in responses]
     scores = [[verdict.score for verdict in row] for row in judge_responses(judge, prompts, texts, columns)]
     with base_model.disable_adapter() if isinstance(base_model, PeftModel) else nullcontext():
         values = iter(
@@ -263,6 +278,7 @@ def evaluate_policy(
                 processing_class,
                 [prompt for prompt, row in zip(prompts, texts, strict=True) for _ in row],
                 [text for row in texts for text in row],
+                tools=[prompt_tools for prompt_tools, row in zip(tools, texts, strict=True) for _ in row],
             )
         )
     perplexities = [[next(values) for _ in row] for row in texts]

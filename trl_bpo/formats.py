@@ -40,6 +40,22 @@ from .prompts import is_transcript, split_transcript, transcript_to_messages
 STAGES = ("prompts", "responses", "scores", "pairs")
 _TEXT_KEYS = ("text", "content", "response")
 _SCORE_KEYS = ("score", "rating", "overall_score")
+# What the stages from each one on write. What came in under these names is set aside, or it would pass for theirs.
+_PAIR_COLUMNS = [
+    "chosen",
+    "rejected",
+    "pair_id",
+    "score_chosen",
+    "score_rejected",
+    "chosen_truncated",
+    "rejected_truncated",
+]
+_WRITTEN = {
+    "prompts": ["responses", "truncated", "scores", "verdicts", "judge", *_PAIR_COLUMNS],
+    "responses": ["scores", "verdicts", "judge", *_PAIR_COLUMNS],
+    "scores": _PAIR_COLUMNS,
+    "pairs": [],
+}
 _BUILDERS = {"json": "json", "jsonl": "json", "parquet": "parquet", "csv": "csv"}
 
 
@@ -89,8 +105,9 @@ def load_rows(name: str, split: str = "train", config: str | None = None) -> Dat
             raise ValueError(f"`{name}` is not a file of a known type. Convert it to one of {sorted(_BUILDERS)}.")
         try:
             return load_dataset(_BUILDERS[suffix], data_files=str(path), split=split)
-        except ValueError as error:
-            if "corresponds to no data" not in str(error):
+        # A file of no bytes ends the reader's iteration; one without rows is an error of its own.
+        except (StopIteration, ValueError) as error:
+            if isinstance(error, ValueError) and "corresponds to no data" not in str(error):
                 raise
             raise ValueError(f"`{name}` is empty, or has no rows in the split {split!r}.") from error
     if suffix in _BUILDERS:
@@ -128,6 +145,26 @@ def _to_messages(row: dict) -> dict[str, list[dict[str, str]]]:
     return converted
 
 
+def _check_rows(dataset: Dataset) -> None:
+    # The one pass over the rows that names the first bad one, before any work.
+    transcripts = "prompt" not in dataset.column_names and is_transcript(dataset[0]["chosen"])
+    columns = [c for c in ("prompt", "responses", "scores", "chosen", "rejected") if c in dataset.column_names]
+    for number, row in enumerate(dataset.select_columns(columns)):
+        for column in columns:
+            if not row[column]:
+                raise ValueError(f"Row {number} has an empty `{column}`. Drop or mend such rows first.")
+        if "scores" in row and len(row["scores"]) != len(row["responses"]):
+            raise ValueError(
+                f"Row {number} has {len(row['responses'])} `responses` but {len(row['scores'])} `scores`. Give one score "
+                "a response; None where there is none."
+            )
+        if transcripts and not (is_transcript(row["chosen"]) and is_transcript(row["rejected"])):
+            raise ValueError(
+                f"Row {number} is no transcript (`\\n\\nHuman: ... \\n\\nAssistant: ...`) as the first one is. Do not mix the "
+                "two in one dataset."
+            )
+
+
 def _stage_of(columns: list[str]) -> str | None:
     present = set(columns)
     if {"chosen", "rejected"} <= present:
@@ -152,7 +189,7 @@ def prepare_dataset(
         dataset ([`~datasets.Dataset`]):
             Rows in one of the shapes of the module's table.
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
-            Column that holds the prompt. It is renamed to `prompt`.
+            Column that holds the prompt. It is renamed to `prompt`, in the place of a column of that name.
         start_from (`str`, *optional*, defaults to `"auto"`):
             Stage to start at. `"auto"` takes the furthest that the columns allow. An earlier one sets what is already
             there aside: `"prompts"` uses the prompts of a preference dataset alone.
@@ -163,8 +200,8 @@ def prepare_dataset(
         [`PreparedDataset`]: The rows, the stage, and what was dropped.
 
     Raises:
-        `ValueError`: If the dataset is streaming or empty, if no stage fits the columns, or if the columns do not allow
-            the stage that is asked for.
+        `ValueError`: If the dataset is streaming or empty, if no stage fits the columns, if the columns do not allow the
+            stage that is asked for, or if a row is empty or of another shape.
     """
     if start_from not in ("auto", *STAGES):
         raise ValueError(f"`start_from` must be one of {('auto', *STAGES)}, got {start_from!r}.")
@@ -172,9 +209,14 @@ def prepare_dataset(
         raise ValueError("A streaming dataset cannot be selected from. Load it without streaming.")
     if len(dataset) == 0:
         raise ValueError("The dataset is empty. Check its name and the split.")
-    for old, new in ((prompt_column, "prompt"), ("completions", "responses")):
-        if old != new and old in dataset.column_names and new not in dataset.column_names:
-            dataset = dataset.rename_column(old, new)
+    if prompt_column != "prompt":
+        if prompt_column not in dataset.column_names:
+            raise ValueError(f"`prompt_column={prompt_column!r}` is not among the columns {dataset.column_names}.")
+        # Asked for by name, so it goes before a column that happens to be called `prompt`.
+        aside = ["prompt"] if "prompt" in dataset.column_names else []
+        dataset = dataset.remove_columns(aside).rename_column(prompt_column, "prompt")
+    if "completions" in dataset.column_names and "responses" not in dataset.column_names:
+        dataset = dataset.rename_column("completions", "responses")
 
     stage, rows = _stage_of(dataset.column_names), len(dataset)
     if stage is None:
@@ -182,10 +224,15 @@ def prepare_dataset(
             f"The dataset has no `{prompt_column}` column and no `chosen` and `rejected`, only {dataset.column_names}. "
             "Name the column that holds the prompt with `prompt_column`."
         )
-    if stage == "responses" and isinstance(dataset[0]["responses"][0], dict):
+    _check_rows(dataset)
+    if "responses" in dataset.column_names and isinstance(dataset[0]["responses"][0], dict):
+        own_scores = list(dataset["scores"]) if "scores" in dataset.column_names else None
         dataset = dataset.map(_unpack_responses, desc="Unpacking responses")
-        scored = any(score is not None for scores in dataset["scores"] for score in scores)
-        stage = "scores" if scored else "responses"
+        if own_scores is not None:
+            dataset = dataset.remove_columns("scores").add_column("scores", own_scores)
+        if stage != "pairs":
+            scored = any(score is not None for scores in dataset["scores"] for score in scores)
+            stage = "scores" if scored else "responses"
     if stage == "pairs" and "prompt" not in dataset.column_names:
         if is_transcript(dataset[0]["chosen"]):
             dataset = dataset.map(_split_pair, desc="Splitting transcripts")
@@ -200,9 +247,8 @@ def prepare_dataset(
             )
         if stage == "pairs" and start_from != "prompts" and start_from != "pairs":
             raise ValueError(f"`start_from={start_from!r}` does not apply to pairs. Use 'prompts' or 'pairs'.")
-        aside = {"prompts": ["responses", "scores", "chosen", "rejected"], "responses": ["scores"]}.get(start_from, [])
-        dataset = dataset.remove_columns([column for column in aside if column in dataset.column_names])
         stage = start_from
+    dataset = dataset.remove_columns([column for column in _WRITTEN[stage] if column in dataset.column_names])
     if to_messages and isinstance(dataset[0]["prompt"], str):
         dataset = dataset.map(_to_messages, desc="Converting to messages")
     return PreparedDataset(dataset, stage, rows - len(dataset))

@@ -84,9 +84,9 @@ class TransformersGenerator:
     """
     Sample responses with the `generate` method of a transformers model.
 
-    Sampling is from the model's own distribution, changed by `temperature` and `top_p` alone: the top-k, the
-    repetition penalty and the like that the model's generation config may carry are switched off. Its end-of-sequence
-    tokens are kept. Neither the model nor the tokenizer is changed, and the global random state is restored.
+    Sampling is from the model's own distribution, changed by `temperature` and `top_p` alone: of the model's generation
+    config, which may carry a top-k, a repetition penalty and the like, only the end-of-sequence tokens are kept. Neither
+    the model nor the tokenizer is changed, and the global random state is restored.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -189,20 +189,35 @@ class TransformersGenerator:
         per_call = min(num_responses, self.batch_size)
         prompts_per_batch = self.batch_size // per_call
         responses: list[list[Response]] = [[] for _ in prompts]
+        eos_token_ids = self._eos_token_ids()
         was_training = self.model.training
+        base_model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        # A PEFT model usually shows the config of its base model; one of its own it would hand down to that.
+        configs: list[tuple[Any, Any]] = [
+            (m, m.generation_config) for m in (self.model, base_model) if "generation_config" in vars(m)
+        ]
         self.model.eval()
         try:
-            with logging.tqdm(total=len(prompts) * num_responses, desc="Generating responses") as progress:
+            # What `generate` is not told it takes from the model's config.
+            for model, _ in configs:
+                model.generation_config = GenerationConfig()
+            with logging.tqdm(
+                total=len(prompts) * num_responses,
+                desc="Generating responses",
+                disable=not PartialState().is_main_process,
+            ) as progress:
                 for start in range(0, len(order), prompts_per_batch):
                     rows = order[start : start + prompts_per_batch]
                     for done in range(0, num_responses, per_call):
                         count = min(per_call, num_responses - done)
-                        batch = self._generate([input_ids[row] for row in rows], count, done)
+                        batch = self._generate([input_ids[row] for row in rows], count, done, eos_token_ids)
                         for position, response in enumerate(batch):
                             responses[rows[position // count]].append(response)
                         progress.update(len(batch))
         finally:
             self.model.train(was_training)
+            for model, config in configs:
+                model.generation_config = config
         return responses
 
     def _encode(self, prompt: str | list[dict], tools: str | list | None) -> list[int]:
@@ -243,25 +258,24 @@ class TransformersGenerator:
                 "do_sample": True,
                 "temperature": self.temperature,
                 "top_p": self.top_p,
+                # Unset, it would be 50.
                 "top_k": 0,
-                "min_p": 0.0,
             }
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             num_return_sequences=num_responses,
             eos_token_id=eos_token_ids,
             pad_token_id=pad_token_id,
-            num_beams=1,
-            repetition_penalty=1.0,
             # Training with gradient checkpointing switches the cache off in the model's own config.
             use_cache=True,
             **sampling,
         )
 
     @torch.inference_mode()
-    def _generate(self, input_ids: list[list[int]], num_responses: int, done: int) -> list[Response]:
+    def _generate(
+        self, input_ids: list[list[int]], num_responses: int, done: int, eos_token_ids: list[int]
+    ) -> list[Response]:
         device = self.model.device
-        eos_token_ids = self._eos_token_ids()
         pad_token_id = self.processing_class.pad_token_id
         if pad_token_id is None:
             # Padding is masked, and what follows a response's end is cut off below, so any token will do.

@@ -21,6 +21,7 @@ respect to the two log-probabilities. A random projection is linear, so it commu
 unique response serves all of the pairs that the response is in.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .projection import SparseProjection
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ def target_modules(model: PreTrainedModel | PeftModel) -> dict[str, nn.Linear]:
     The linear layers whose gradients make up the features: those with a trainable weight.
 
     With LoRA these are the A and B factors. With full fine-tuning they are all linear layers of the backbone. Biases,
-    norms, embeddings and the LM head are left out.
+    norms, embeddings, the LM head and the magnitudes of DoRA are left out.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -186,13 +190,26 @@ def target_modules(model: PreTrainedModel | PeftModel) -> dict[str, nn.Linear]:
         `dict[str, nn.Linear]`: Modules by name.
 
     Raises:
-        `ValueError`: If there is none.
+        `ValueError`: If there is none, or if the experts of a Mixture-of-Experts layer are trainable: their weights are
+            stacked in one parameter, whose gradient cannot be told apart by response.
     """
-    head = model.get_output_embeddings()
+    stacked = [
+        f"{name}.{parameter_name}" if name else parameter_name
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        for parameter_name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad and parameter.ndim > 2
+    ]
+    if stacked:
+        raise ValueError(
+            f"`{stacked[0]}` stacks several weights, as the experts of a Mixture-of-Experts layer do, and has no "
+            "per-response gradient here. Train other modules, or set `depth_fraction=1.0`."
+        )
+    head = list(model.get_output_embeddings().modules()) if model.get_output_embeddings() is not None else []
     modules = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.weight.requires_grad and module is not head
+        if isinstance(module, nn.Linear) and module.weight.requires_grad and all(module is not part for part in head)
     }
     if not modules:
         raise ValueError(
@@ -288,6 +305,7 @@ def response_gradients(
     batches = length_batches(responses.input_ids, batch_tokens)[process_index::num_processes]
     lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     sketch = torch.empty(0)
+    seen: set[str] = set()
 
     def consume(name: str, inputs: torch.Tensor, grad_outputs: torch.Tensor) -> None:
         if inputs.shape[:1] + inputs.shape[2:-1] != sketch.shape[:1]:
@@ -296,6 +314,7 @@ def response_gradients(
                 "of a Mixture-of-Experts model do: its gradient cannot be told apart by response. Leave it out of the "
                 "`target_modules` of your adapter."
             )
+        seen.add(name)
         sketch.add_(projection.weight_gradient(name, inputs.float(), grad_outputs.float()))
 
     bar = tqdm(
@@ -324,4 +343,10 @@ def response_gradients(
             sums = [part.sum() for part in log_probs.detach().float().split(mask.sum(dim=1).tolist())]
             logps[batch] = torch.stack(sums).cpu()
             bar.update(sum(len(responses.input_ids[index]) for index in batch))
+    if batches and (idle := [name for name in target_modules(model) if name not in seen]):
+        logger.warning(
+            "%d trainable linear layers, such as `%s`, took no part in the gradient pass: the features do not cover them.",
+            len(idle),
+            idle[0],
+        )
     return features, logps

@@ -20,7 +20,7 @@ import logging
 import math
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,7 +52,7 @@ _COLUMNS = {
     "prompt": "What the policy was asked",
     "chosen": "The better response",
     "rejected": "The worse response",
-    "tools": "Tool schemas that the policy was given",
+    "tools": "Tool schemas that come with the prompt",
     "prompt_id": "SHA-256 of the prompt: the same prompt has the same id in every dataset",
     "pair_id": "SHA-256 of the prompt and both responses",
     "judge": "Who scored the responses",
@@ -83,8 +83,9 @@ class CuratedCardData:
     Args:
         pretty_name (`str`):
             Title of the card.
-        policy_model (`str`):
-            Name of the model that wrote the responses.
+        policy_model (`str`, *optional*):
+            Name of the model that wrote the responses. Leave it out for pairs that were there before, such as those of
+            humans: the card then says that it is not recorded.
         num_pairs (`int`):
             Number of preference pairs.
         num_prompts (`int`):
@@ -96,7 +97,7 @@ class CuratedCardData:
         source_split (`str`, *optional*):
             Split of the source data.
         judge (`str`, *optional*):
-            Name of the judge that scored the responses.
+            Name of the judge that scored the responses. Without it the card says that it is not recorded.
         license (`str`, *optional*):
             Licence of the dataset, as an identifier of the Hub. None is ever assumed: without it the card says that the
             licence of the source data applies and that the publisher has to set it.
@@ -123,7 +124,8 @@ class CuratedCardData:
     """
 
     pretty_name: str
-    policy_model: str
+    policy_model: str | None = None
+    _: KW_ONLY
     num_pairs: int
     num_prompts: int
     source_datasets: list[str] = field(default_factory=list)
@@ -203,7 +205,7 @@ def _overview(data: CuratedCardData) -> list[tuple[str, ...]]:
         ("Source data", ", ".join(map(_name, data.source_datasets)) or "not recorded"),
         ("Source revision", _name(data.source_revision) if data.source_revision else "not recorded"),
         ("Source split", _name(data.source_split) if data.source_split else "not recorded"),
-        ("Policy that wrote the responses", _name(data.policy_model)),
+        ("Policy that wrote the responses", _name(data.policy_model) if data.policy_model else "not recorded"),
         ("Judge", _name(data.judge) if data.judge else "not recorded"),
         ("Licence", _text(data.license) if data.license else "not set"),
     ]
@@ -291,7 +293,9 @@ def create_dataset_card(
         ),
         load_arguments=", ".join(arguments),
         model=_literal(data.policy_model, "path/to/the/policy"),
-        licence_note="The licence of the source data and the terms of the models that wrote and judged the responses "
+        has_policy=bool(data.policy_model),
+        has_judge=bool(data.judge),
+        licence_note="The licence of the source data and the terms of any models that wrote or judged the responses "
         + ("apply beside the licence named above." if data.license else "apply; the publisher has to set a licence."),
         versions_table=_table(("Package", "Version"), [(_name(k), _name(v)) for k, v in data.versions.items()]),
     )

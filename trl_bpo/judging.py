@@ -18,6 +18,7 @@ Scores of responses.
 A judge is any callable in the form of a TRL reward function, so TRL's own reward functions serve as judges, too.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -83,7 +84,7 @@ def judge_responses(
             Further columns, one value a prompt, which are repeated for each response.
 
     Returns:
-        `list[list[Verdict]]`: A verdict for each response of each prompt.
+        `list[list[Verdict]]`: A verdict for each response of each prompt. A score that is not finite becomes `None`.
 
     Raises:
         `ValueError`: If the judge does not give one number, `None` or [`Verdict`] a response.
@@ -110,5 +111,9 @@ def judge_responses(
                 raise ValueError(
                     f"The judge must give a number, `None` or a `Verdict` a response, but gave {entry!r}."
                 ) from None
-        verdicts[row].append(entry if isinstance(entry, Verdict) else Verdict(entry))
+        verdict = entry if isinstance(entry, Verdict) else Verdict(entry)
+        # What is not finite can be neither ranked nor averaged.
+        if verdict.score is not None and not math.isfinite(verdict.score):
+            verdict = Verdict(None, verdict.raw or str(verdict.score))
+        verdicts[row].append(verdict)
     return verdicts

@@ -112,7 +112,8 @@ class OpenAIJudge:
 
     A response without a usable verdict gets a [`Verdict`] with the score `None` and stops nothing: an answer that
     cannot be read, a refusal of the judge, a response too long for it, and errors of the server or the connection that
-    outlast the retries. Errors that would meet every response, such as a wrong key, stop at once.
+    outlast the retries. Errors that would meet every response, such as a wrong key, stop at once, and so do connection
+    errors of the first `max_concurrency` requests.
 
     Args:
         model (`str`):
@@ -137,7 +138,8 @@ class OpenAIJudge:
 
     Raises:
         `ImportError`: If the `openai` package is missing.
-        `ValueError`: If `OPENAI_API_KEY` is not set, `max_concurrency` is below 1, or the template lacks a placeholder.
+        `ValueError`: If `OPENAI_API_KEY` is not set or no key, the address is none, `max_concurrency` is below 1, or
+            the template lacks a placeholder.
 
     Example:
 
@@ -166,10 +168,12 @@ class OpenAIJudge:
             raise ImportError(
                 "`OpenAIJudge` requires the `openai` package. Install it with `pip install 'trl_bpo[openai]'`."
             ) from error
-        if not os.environ.get("OPENAI_API_KEY"):
+        _api_key()
+        address = os.environ.get("OPENAI_BASE_URL") if base_url is None else base_url
+        if address is not None and not re.match(r"https?://[^/\s]", address, re.IGNORECASE):
             raise ValueError(
-                "The environment variable `OPENAI_API_KEY` is not set. Set it to your key; for a local server that "
-                "checks no keys, any value will do."
+                "`base_url`, or the environment variable `OPENAI_BASE_URL`, is not the address of a server. Write it "
+                "with `http://` or `https://` and the host, as in `http://localhost:8000/v1`."
             )
         if max_concurrency < 1:
             raise ValueError(f"`max_concurrency` must be at least 1, got {max_concurrency}.")
@@ -190,6 +194,7 @@ class OpenAIJudge:
         self.timeout = timeout
         self.max_retries = max_retries
         self._structured_output = True
+        self._has_scored = False
 
     def __call__(
         self, *, prompts: list[str | list[dict]], completions: list[str | list[dict]], **columns: Any
@@ -209,7 +214,7 @@ class OpenAIJudge:
             `list[Verdict]`: One verdict a response.
 
         Raises:
-            `ValueError`: If the server rejects the key, the model or the request.
+            `ValueError`: If the server rejects the key, the model or the request, or cannot be reached from the start.
         """
         tools = columns.get("tools") or [None] * len(prompts)
         conversations = [
@@ -237,15 +242,34 @@ class OpenAIJudge:
         return [{"role": "system", "content": _SYSTEM_PROMPT}, {"role": "user", "content": content}]
 
     async def _judge_all(self, conversations: list[list[dict]]) -> list[Verdict]:
-        from openai import AsyncOpenAI
+        from openai import APIConnectionError, AsyncOpenAI
 
         semaphore = asyncio.Semaphore(self.max_concurrency)
         progress = transformers_logging.tqdm(total=len(conversations), desc="Judging responses")
-        async with AsyncOpenAI(base_url=self.base_url, timeout=self.timeout, max_retries=self.max_retries) as client:
+        patience = min(self.max_concurrency, len(conversations))
+        failures = 0
+        async with AsyncOpenAI(
+            api_key=_api_key(), base_url=self.base_url, timeout=self.timeout, max_retries=self.max_retries
+        ) as client:
 
             async def judge_one(messages: list[dict]) -> Verdict:
+                nonlocal failures
                 async with semaphore:
-                    verdict = await self._judge_one(client, messages)
+                    try:
+                        verdict = await self._judge_one(client, messages)
+                        failures = 0
+                    except APIConnectionError as error:
+                        verdict = Verdict(None, type(error).__name__)
+                        failures += 1
+                self._has_scored = self._has_scored or verdict.score is not None
+                # A server that was never of any use is more likely not there than failing for a while, and to find that
+                # out with every response, with all the retries, can take days.
+                if failures >= patience and not self._has_scored:
+                    raise ValueError(
+                        f"The judge's server cannot be reached: {failures} requests in a row ended with "
+                        f"`{verdict.raw}`, and none has brought a score. Start the server, check `base_url` or the "
+                        "environment variable `OPENAI_BASE_URL`, or raise `timeout` if the server is slow."
+                    )
                 progress.update()
                 return verdict
 
@@ -268,7 +292,7 @@ class OpenAIJudge:
         except json.JSONDecodeError as error:
             # The server announces JSON and sends something else, such as an answer that breaks off.
             return Verdict(None, type(error).__name__)
-        except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as error:
+        except (openai.RateLimitError, openai.InternalServerError) as error:
             # Waiting does not refill an account.
             stop = _as_value_error(error) if error.code == "insufficient_quota" else None
             failure = Verdict(None, type(error).__name__)
@@ -308,6 +332,22 @@ class OpenAIJudge:
         return await self._request(client, messages)
 
 
+def _api_key() -> str:
+    # Keys that are pasted or read from a file often end with a line break.
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key:
+        raise ValueError(
+            "The environment variable `OPENAI_API_KEY` is not set. Set it to your key; for a local server that checks no "
+            "keys, any value will do."
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(
+            "The environment variable `OPENAI_API_KEY` holds characters that no key has: only printable ASCII characters "
+            "can be sent. Copy the key again."
+        )
+    return key
+
+
 def _as_value_error(error: "openai.APIStatusError | openai.APIError") -> ValueError:
     remedies = {
         "AuthenticationError": "The judge's server rejects the key. Check the environment variable `OPENAI_API_KEY`.",
@@ -322,7 +362,7 @@ def _as_value_error(error: "openai.APIStatusError | openai.APIError") -> ValueEr
     )
     name = type(error).__name__
     # Servers repeat a key that they reject, so their words are left out there, and the key is blacked out elsewhere.
-    said = str(error).replace(os.environ.get("OPENAI_API_KEY", "\0"), "***")[:300]
+    said = str(error).replace(_api_key(), "***")[:300]
     detail = "" if name in ("AuthenticationError", "PermissionDeniedError") else f" The server says: {said}"
     return ValueError(remedies.get(name, default) + detail)
 

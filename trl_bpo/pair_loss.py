@@ -18,6 +18,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -77,8 +78,9 @@ def reference_log_probs(
             ):
                 logps[indices] = torch.tensor(pool[column][:])
         return logps
-    batches = length_batches(responses.input_ids, batch_tokens)
-    for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+    batches = length_batches(responses.input_ids, batch_tokens)[accelerator.process_index :: accelerator.num_processes]
+    hidden = trainer.args.disable_tqdm or not accelerator.is_main_process
+    for batch in tqdm(batches, desc="Computing reference log probs", disable=hidden):
         inputs = {
             key: value.to(accelerator.device) for key, value in pad_batch(responses, batch, pad_token_id).items()
         }
@@ -134,7 +136,9 @@ def pair_coefficients(
     trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     trainer.precompute_ref_logps, trainer.aux_loss_enabled = True, False
     try:
-        for row, pair in enumerate(zip(responses.chosen.tolist(), responses.rejected.tolist(), strict=True)):
+        pairs = list(zip(responses.chosen.tolist(), responses.rejected.tolist(), strict=True))
+        hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+        for row, pair in enumerate(tqdm(pairs, desc="Computing loss derivatives", disable=hidden)):
             inputs = {key: value.to(device) for key, value in pad_batch(responses, list(pair), pad_token_id=0).items()}
             mask = inputs["completion_mask"][:, 1:]
             share = logps[list(pair)].to(device) / mask.sum(dim=1).clamp(min=1)

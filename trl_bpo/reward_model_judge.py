@@ -15,6 +15,7 @@
 """A reward model as the judge."""
 
 import logging
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -76,7 +77,9 @@ class RewardModelJudge:
                 "`model.config.pad_token_id` is not set, so the model cannot tell where a response ends in a batch. "
                 "Set it, with a path or model id through `model_init_kwargs={'pad_token_id': ...}`."
             )
-        self.__name__ = model.config._name_or_path or type(model).__name__
+        name = model.config._name_or_path or type(model).__name__
+        # The name ends up in datasets and their cards, where the folders of this machine have no place.
+        self.__name__ = Path(name).resolve().name if Path(name).is_dir() else name
         self.model = model
         self.processing_class = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
         self.batch_size = batch_size
