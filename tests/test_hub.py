@@ -24,7 +24,8 @@ from datasets import Dataset, load_dataset
 from minihub import MiniHub
 from tiny import tiny_model_dir
 
-from trl_bpo.hub import CuratedCardData, create_dataset_card, push_curated_dataset, save_curated_dataset
+from trl_bpo.card import CuratedCardData, create_dataset_card
+from trl_bpo.hub import push_curated_dataset, save_curated_dataset
 
 
 # Real clients in a process of their own, since they read the endpoint when they are imported.
@@ -32,7 +33,8 @@ PUSH = """
 import dataclasses, json, sys
 from datasets import Dataset, load_dataset
 from huggingface_hub import DatasetCard, metadata_update
-from trl_bpo.hub import CuratedCardData, push_curated_dataset
+from trl_bpo.card import CuratedCardData
+from trl_bpo.hub import push_curated_dataset
 
 rows = {"prompt": ["p", "q", "q"], "chosen": ["a", "b", "c"], "rejected": ["x", "y", "z"]}
 first = Dataset.from_dict(rows)

@@ -36,10 +36,11 @@ from trl.data_utils import maybe_extract_prompt
 from trl.trainer.utils import get_config_model_id
 
 from .bpo_config import BPOConfig
+from .card import CuratedCardData
 from .clustering import check_n_clusters
 from .depth import DepthSelection, DepthSelector
 from .gradients import response_gradients, target_modules, unique_responses
-from .hub import CuratedCardData, push_curated_dataset, save_curated_dataset
+from .hub import push_curated_dataset, save_curated_dataset
 from .pair_loss import needs_reference, pair_coefficients, reference_log_probs
 from .projection import SparseProjection
 from .prompts import pair_id, prompt_id
