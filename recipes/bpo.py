@@ -194,15 +194,18 @@ class BPOScriptArguments(ScriptArguments):
                 raise ValueError(f"`{name}` does not go with this script: BPO must see all rows. Unset it.")
 
 
-def make_judge(script_args: BPOScriptArguments, columns: list[str]) -> Any:
+def make_judge(script_args: BPOScriptArguments, dataset: Any) -> Any:
     from trl_bpo import OpenAIJudge, RewardModelJudge, VerifiableJudge
 
     if script_args.judge == "verifiable":
-        if "constraints" not in columns:
+        if "constraints" not in dataset.column_names:
             raise ValueError(
                 "`judge='verifiable'` needs a column `constraints`, as `trl_bpo.VerifiableJudge` takes it."
             )
-        return VerifiableJudge()
+        judge = VerifiableJudge()
+        # It grades any text, so a constraint that cannot be checked shows before responses are sampled.
+        judge(list(dataset["prompt"]), ["x"] * len(dataset), constraints=list(dataset["constraints"]))
+        return judge
     if script_args.judge_model is None:
         raise ValueError(f"`judge={script_args.judge!r}` needs `judge_model`: the name of the model that judges.")
     kwargs = script_args.judge_kwargs or {}
@@ -232,9 +235,10 @@ class Funnel:
         self.start = time.perf_counter()
 
     def add(self, stage: str, count: int, note: str) -> None:
-        now = time.perf_counter()
-        self.rows.append((stage, count, f"{note}; {(now - self.start) / 60:.1f} min"))
-        self.start = now
+        seconds = time.perf_counter() - self.start
+        took = f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
+        self.rows.append((stage, count, f"{note}; {took}"))
+        self.start += seconds
 
 
 def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -> None:
@@ -247,7 +251,7 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
 
     from trl_bpo import BPODataCollector, BPOTrainer, BreadthSelector, TransformersGenerator, quickstart
     from trl_bpo.evaluation import comparison_table, evaluate_policy
-    from trl_bpo.formats import load_rows, prepare_dataset
+    from trl_bpo.formats import drop_duplicate_pairs, load_rows, prepare_dataset
     from trl_bpo.report import summary_table
 
     if training_args.disable_tqdm:
@@ -261,6 +265,10 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
 
     # Everything that can be refused is refused here, before any work.
     if script_args.quickstart:
+        if dataset_name is not None or model_name is not None:
+            raise ValueError(
+                "`--quickstart` brings its own data and model. Leave it out to use `dataset_name` and yours."
+            )
         with state.main_process_first():
             model_name = quickstart.export_policy(Path(training_args.output_dir) / "_policy")
         script_args.breadth_encoder = quickstart.encoder_path()
@@ -292,8 +300,9 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
             raise ValueError(f"To resume training, start from the pairs' scores rather than collect anew: {restart}")
         if script_args.judge == "openai" and (collected / "scores.parquet").exists():
             raise ValueError(
-                f"{collected} holds the scores of an earlier run, which were paid for. Start from them ({restart}), or "
-                "choose another `output_dir`."
+                f"{collected} holds the scores of an earlier run, which were paid for. Start from them ({restart}), judge its "
+                f"responses anew ({collected / 'responses.parquet'} --start_from responses) with another `output_dir`, or "
+                "start over there."
             )
     eval_dataset = None
     if training_args.eval_strategy != "no":
@@ -317,7 +326,7 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         allow_truncated_chosen=script_args.allow_truncated_chosen,
     )
     if stage in ("prompts", "responses"):
-        collector.judge = make_judge(script_args, dataset.column_names)
+        collector.judge = make_judge(script_args, dataset)
     model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -326,10 +335,17 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
     }
     training_args.model_init_kwargs = model_init_kwargs
     quantization_config = get_quantization_config(model_args)
-    tokenizer = AutoTokenizer.from_pretrained(model_name, revision=model_args.model_revision)
+    trust_remote_code = training_args.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_name, revision=model_args.model_revision, trust_remote_code=trust_remote_code
+    )
 
     def make_generator(model: Any) -> TransformersGenerator:
-        kwargs = {**model_init_kwargs, "quantization_config": quantization_config}
+        kwargs = {
+            **model_init_kwargs,
+            "quantization_config": quantization_config,
+            "trust_remote_code": trust_remote_code,
+        }
         return TransformersGenerator(
             model,
             tokenizer,
@@ -397,6 +413,11 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
             f"{pairs.prompts_without_pair} prompts without a pair",
         )
 
+    distinct = drop_duplicate_pairs(dataset)
+    if copies := len(dataset) - len(distinct):
+        dataset = distinct
+        funnel.add("distinct pairs", len(dataset), f"{copies} exact copies dropped")
+
     # Depth and DPO. A reward model would take the policy's room.
     judge, collector.judge = (collector.judge if heldout is not None else None), None
     settings = ["breadth_fraction"] if breadth is not None else []
@@ -453,7 +474,8 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         funnel.add("held-out prompts", len(heldout), "answered and judged after training")
         trainer.accelerator.print(comparison_table(before, after))
     trainer.accelerator.print(summary_table(funnel.rows))
-    trainer.accelerator.print(f"Model, cards and curated dataset: {training_args.output_dir}")
+    curated = " and curated dataset" if trainer.selection is not None else ""
+    trainer.accelerator.print(f"Model, cards{curated}: {training_args.output_dir}")
     if Version(transformers.__version__) >= Version("5.18.0"):
         trainer.end()
 

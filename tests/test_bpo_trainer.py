@@ -709,7 +709,15 @@ def test_arguments_by_position(tiny_dir, tmp_path):
 def test_overridden_methods_have_the_signature_of_the_parent():
     # A method that the parent renamed or dropped would silently no longer be called.
     overridden = {
-        *("__init__", "train", "_prepare_dataset", "_get_train_sampler", "get_batch_samples", "_save_checkpoint"),
+        *(
+            "__init__",
+            "train",
+            "_prepare_dataset",
+            "_get_train_sampler",
+            "num_examples",
+            "get_batch_samples",
+            "_save_checkpoint",
+        ),
         "_load_optimizer_and_scheduler",
     }
     functions = {name: value for name, value in vars(BPOTrainer).items() if inspect.isfunction(value)}
@@ -758,3 +766,21 @@ def import_from_both(match, names):
     indent, imported = match.groups()
     own = re.search(r"BPO\w+", imported)[0]
     return f"{indent}from trl import {re.sub(names, '', imported)}\n{indent}from trl_bpo import {own}"
+
+
+def test_copies_and_empty_prompts_are_named(tiny_dir, tmp_path, caplog):
+    rows = pairs().to_list()
+    make(tiny_dir, tmp_path, dataset=Dataset.from_list(rows + rows[:2]))
+    assert "2 of 20 pairs repeat an earlier one" in caplog.text
+    without = [{"chosen": f"a {i}", "rejected": f"b {i}", "question": "?"} for i in range(6)]
+    make(tiny_dir, tmp_path, dataset=Dataset.from_list(without))
+    assert "6 of 6 pairs have an empty prompt" in caplog.text
+
+
+def test_what_is_logged_is_of_one_selection_and_of_the_selected_pairs(tiny_dir, tmp_path):
+    trainer = make(tiny_dir, tmp_path, reselect_every_steps=2, logging_steps=1000)
+    trainer.train()
+    assert trainer.num_examples(trainer.get_train_dataloader()) == 9
+    logged = trainer.state.log_history[-1]
+    for name, value in trainer.selection.metrics.items():
+        assert logged[f"bpo/{name}"] == value

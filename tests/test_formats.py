@@ -18,7 +18,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from trl_bpo.formats import load_rows, prepare_dataset
+from trl_bpo.formats import drop_duplicate_pairs, load_rows, prepare_dataset
 
 
 ROWS = [{"prompt": f"question {i}", "extra": i} for i in range(4)]
@@ -138,6 +138,13 @@ def test_scores_beside_responses_with_other_keys_are_kept():
             ],
             "Row 1 is no transcript",
         ),
+        ([{"prompt": "p", "responses": "['a', 'b']", "scores": "[1, 2]"}], "of type str, not a list. CSV cannot"),
+        ([{"prompt": "p", "responses": ["a"], "scores": ["high"]}], "Row 0 has the score 'high'"),
+        ([{"prompt": "p", "rejected": "b"}], "only one of `chosen` and `rejected`"),
+        (
+            [{"question": "q", "chosen": "yes", "rejected": "no"}],
+            "1 of 1 pairs have no prompt.*question.*prompt_column",
+        ),
     ],
 )
 def test_a_bad_row_is_named(rows, message):
@@ -160,3 +167,8 @@ def test_errors_name_the_column_or_option():
     pairs = Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "b"}])
     with pytest.raises(ValueError, match="does not apply to pairs"):
         prepare_dataset(pairs, start_from="scores")
+
+
+def test_exact_copies_of_pairs_are_dropped():
+    rows = [{"prompt": "p", "chosen": a, "rejected": b, "n": n} for n, (a, b) in enumerate(["xy", "yx", "xy", "xz"])]
+    assert [row["n"] for row in drop_duplicate_pairs(Dataset.from_list(rows))] == [0, 1, 3]

@@ -240,3 +240,17 @@ def test_pairs_train_with_trl(tmp_path, prompt):
     )
     trainer = DPOTrainer(tiny_model_dir(tmp_path / "model"), args=args, train_dataset=pairs)
     assert trainer.train().training_loss == pytest.approx(0.6931, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"responses": ["a", "b"], "scores": [None, None]}, "what the judge answered"),
+        ({"responses": ["a", "b"], "scores": [2, 2]}, "tells responses apart"),
+        ({"responses": ["a", "b"], "scores": [2, 1], "truncated": [True, False]}, "Raise `max_new_tokens`"),
+        ({"responses": ["a", "a"], "scores": [2, 1]}, "higher temperature"),
+    ],
+)
+def test_the_advice_fits_the_cause(row, advice):
+    with pytest.raises(ValueError, match=advice):
+        build_pairs(Dataset.from_list([{"prompt": "p", **row}]))

@@ -357,6 +357,33 @@ def test_paid_scores_are_not_overwritten(recipe, tiny_dir, tmp_path, monkeypatch
         run(recipe, dataset_name=data, model_name_or_path=tiny_dir, output_dir=tmp_path / "out", judge_model="judge")
 
 
+def test_copies_are_dropped_and_saved_scores_keep_their_judge(recipe, tiny_dir, tmp_path, capsys):
+    rows = [{"prompt": f"p {i}", "responses": ["red", "sea"], "scores": [1, 2], "judge": "somebody"} for i in range(4)]
+    data = write(tmp_path / "scores.jsonl", rows + rows[:1])
+    run(recipe, dataset_name=data, model_name_or_path=tiny_dir, output_dir=tmp_path / "out", num_train_epochs=1)
+    _, printed = check_outputs(tmp_path / "out", capsys, "distinct pairs")
+    assert "1 exact copies dropped" in printed
+    assert "| Judge | `somebody` |" in (tmp_path / "out" / "_curated_dataset" / "README.md").read_text()
+
+
+def test_constraints_are_checked_before_sampling(recipe, tiny_dir, tmp_path):
+    rows = [{"prompt": "p", "constraints": [{"kind": "wordcount", "args": "{}"}]}]
+    with pytest.raises(ValueError, match="Row 0 of `constraints`.*Known kinds"):
+        run(
+            recipe,
+            dataset_name=write(tmp_path / "prompts.jsonl", rows),
+            model_name_or_path=tiny_dir,
+            output_dir=tmp_path / "out",
+            judge="verifiable",
+        )
+    assert not (tmp_path / "out" / "_collected").exists()
+
+
+def test_the_quickstart_takes_no_data_of_yours(recipe, tmp_path):
+    with pytest.raises(ValueError, match="brings its own data and model"):
+        run(recipe, quickstart="true", dataset_name="mine.jsonl", output_dir=tmp_path)
+
+
 def test_pairs_with_an_evaluation_split(recipe, tiny_dir, tmp_path, capsys):
     pairs(10, 1).to_parquet(tmp_path / "pairs.parquet")
     run(

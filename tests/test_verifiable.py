@@ -174,7 +174,8 @@ def test_conversational_completions_and_other_columns():
 def test_wrong_constraints_are_named(kind, args, completion):
     good = [{"kind": "lowercase", "args": "{}"}]
     bad = [{"kind": kind, "args": args}]
-    with pytest.raises(ValueError, match=f"Row 1 .*kind `{kind}`.*Known kinds: word_count, .*postscript"):
+    known = "" if kind in KINDS else ".*Known kinds: word_count, .*postscript"
+    with pytest.raises(ValueError, match=f"Row 1 .*kind `{kind}`{known}"):
         VerifiableJudge()(prompts=["a", "b"], completions=["x", completion], constraints=[good, bad])
 
 
@@ -202,3 +203,10 @@ def test_any_text_gets_a_grade_between_0_and_1():
     for kind, args in arguments.items():
         for text in texts:
             assert 0 <= check(kind, args, text) <= 1, (kind, text)
+
+
+def test_arguments_may_be_an_object_too():
+    judge = VerifiableJudge()
+    as_text = [[{"kind": "word_count", "args": '{"max": 2}'}]]
+    as_object = [[{"kind": "word_count", "args": {"max": 2, "min": None}}]]
+    assert judge(["p"], ["one two three"], as_text) == judge(["p"], ["one two three"], as_object)

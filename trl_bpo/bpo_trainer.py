@@ -92,6 +92,7 @@ class BPOTrainer(DPOTrainer):
     - `_prepare_dataset`: a response that was cut at the token limit (`chosen_truncated`, `rejected_truncated`) gets no
       end of turn, since the policy never wrote one.
     - `_get_train_sampler`: yields the selected pairs.
+    - `num_examples`: counts the selected pairs, so that the logged throughput is theirs.
     - `get_batch_samples`: selects at the boundary of an optimizer step, before the first batch of the step is drawn.
     - `_save_checkpoint`, `_load_optimizer_and_scheduler`: the selection is saved and restored with a checkpoint.
     - `train`: saves and pushes the curated dataset when training ends.
@@ -229,6 +230,16 @@ class BPOTrainer(DPOTrainer):
         with args.main_process_first(desc="identifying pairs"):
             dataset = dataset.map(maybe_extract_prompt, desc="Extracting prompts")
             dataset = dataset.map(_identify, desc="Hashing pairs")
+        if without_prompt := sum(not prompt for prompt in dataset["prompt"]):
+            logger.warning(
+                f"{without_prompt} of {len(dataset)} pairs have an empty prompt: their answers have no common beginning. "
+                "If another column holds the prompt, rename it to `prompt`."
+            )
+        if copies := len(dataset) - len(set(dataset["pair_id"])):
+            logger.warning(
+                f"{copies} of {len(dataset)} pairs repeat an earlier one. They count as often as they occur, in the "
+                "budget and in the clusters; drop them first if that is not meant."
+            )
         self._pool = dataset
         return dataset.add_column("_pool_row", np.arange(len(dataset)))
 
@@ -309,7 +320,8 @@ class BPOTrainer(DPOTrainer):
             kept, kept_before = selection.selected, previous.selected
             metrics["overlap"] = float((kept & kept_before).sum() / (kept | kept_before).sum())
         for name, value in metrics.items():
-            self._metrics["train"][f"bpo/{name}"].append(value)
+            # What is logged is the mean of the list, and the mean of two selections would be neither.
+            self._metrics["train"][f"bpo/{name}"] = [value]
         logger.info(
             f"Selection at step {step}: {metrics['active_pairs']:.0f} of {len(self._pair_ids)} pairs, at most "
             f"{metrics['pairs_per_prompt_max']:.0f} a prompt; {metrics['prompts_without_pair']:.0f} prompts keep none. "
@@ -327,6 +339,10 @@ class BPOTrainer(DPOTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
+
+    # The parent counts the whole dataset, for the log and for `train_samples_per_second`.
+    def num_examples(self, dataloader: Any) -> int:  # noqa: D102
+        return super().num_examples(dataloader) if self._sampler is None else len(self._sampler)
 
     # The parent draws the batches of one optimizer step. This is the only place that all processes pass between two
     # steps, before the batches of the next one are drawn: a callback would be one prefetched batch late. The iterator of
@@ -455,7 +471,9 @@ class BPOTrainer(DPOTrainer):
     def curated_dataset(self) -> Dataset:
         """The pairs of the last selection as they came in, with `prompt_id`, `pair_id` and the `depth_*` columns."""
         if self.selection is None or self._pool is None:
-            raise ValueError("Nothing has been selected yet. Call `train()` first, with `depth_fraction` below 1.0.")
+            raise ValueError(
+                "Nothing has been selected yet. Call `train()` or `select_pairs()` first, with `depth_fraction` below 1.0."
+            )
         return self.selection.annotate(self._pool).select(np.flatnonzero(self.selection.selected))
 
     def curated_card_data(self) -> CuratedCardData:
@@ -469,6 +487,10 @@ class BPOTrainer(DPOTrainer):
         options = ("depth_fraction", "depth_clusters", "depth_scope", "min_pairs_per_prompt", "normalize_gradients")
         model_name = get_config_model_id(self.model.config)
         fields = dict(self.curated_card_fields)
+        # Pairs that were built from saved scores say who gave them.
+        judges = set(self.curated_dataset["judge"]) if "judge" in self.curated_dataset.column_names else set()
+        if len(judges) == 1:
+            fields.setdefault("judge", judges.pop())
         funnel = fields.pop("funnel", [("pairs", len(self._pool or []), "after TRL's length filter")])
         settings = {"model": Path(model_name).name if Path(model_name).is_dir() else model_name}
         settings |= {name: getattr(self.args, name) for name in (*options, "projection_dim", "seed")}

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 _GAUSSIAN_ROWS = 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DepthSelection:
     """
     Result of a depth selection over `n` pairs.
@@ -74,6 +74,9 @@ class DepthSelection:
     distances: np.ndarray
     ranks: np.ndarray
     metrics: dict[str, float]
+
+    def __repr__(self) -> str:
+        return f"DepthSelection({self.selected.sum()} of {len(self.selected)} pairs, metrics={self.metrics})"
 
     def annotate(self, dataset: Dataset) -> Dataset:
         """

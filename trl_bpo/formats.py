@@ -34,7 +34,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from trl import extract_prompt
 
-from .prompts import is_transcript, split_transcript, transcript_to_messages
+from .prompts import is_transcript, pair_id, split_transcript, transcript_to_messages
 
 
 STAGES = ("prompts", "responses", "scores", "pairs")
@@ -153,6 +153,14 @@ def _check_rows(dataset: Dataset) -> None:
         for column in columns:
             if not row[column]:
                 raise ValueError(f"Row {number} has an empty `{column}`. Drop or mend such rows first.")
+            if column in ("responses", "scores") and not isinstance(row[column], list):
+                raise ValueError(
+                    f"Row {number} has `{column}` of type {type(row[column]).__name__}, not a list. CSV cannot hold lists: "
+                    "use JSON or Parquet."
+                )
+        for score in row.get("scores", []):
+            if score is not None and not isinstance(score, int | float):
+                raise ValueError(f"Row {number} has the score {score!r} in `scores`. Scores are numbers or None.")
         if "scores" in row and len(row["scores"]) != len(row["responses"]):
             raise ValueError(
                 f"Row {number} has {len(row['responses'])} `responses` but {len(row['scores'])} `scores`. Give one score "
@@ -165,8 +173,27 @@ def _check_rows(dataset: Dataset) -> None:
             )
 
 
+def drop_duplicate_pairs(dataset: Dataset) -> Dataset:
+    """
+    Keep the first of pairs that are exactly the same in prompt, tools and both answers.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Pairs with the columns `prompt`, `chosen` and `rejected`.
+
+    Returns:
+        [`~datasets.Dataset`]: The distinct pairs, in their order.
+    """
+    first: dict[str, int] = {}
+    for number, row in enumerate(dataset):
+        first.setdefault(pair_id(row["prompt"], row["chosen"], row["rejected"], row.get("tools")), number)
+    return dataset.select(list(first.values()))
+
+
 def _stage_of(columns: list[str]) -> str | None:
     present = set(columns)
+    if len({"chosen", "rejected"} & present) == 1:
+        raise ValueError(f"The dataset has only one of `chosen` and `rejected`: {columns}. Pairs need both.")
     if {"chosen", "rejected"} <= present:
         return "pairs"
     if {"prompt", "responses", "scores"} <= present:
@@ -239,6 +266,11 @@ def prepare_dataset(
             dataset = dataset.filter(lambda row: row["prompt"] is not None, desc="Dropping pairs of two contexts")
         else:
             dataset = dataset.map(extract_prompt, desc="Extracting prompts")
+            if without := sum(not prompt for prompt in dataset["prompt"]):
+                raise ValueError(
+                    f"{without} of {rows} pairs have no prompt: their answers have no common beginning. If one of the "
+                    f"columns {dataset.column_names} holds it, name it with `prompt_column`."
+                )
     if start_from != "auto":
         if STAGES.index(start_from) > STAGES.index(stage):
             raise ValueError(

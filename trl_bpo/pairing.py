@@ -217,6 +217,18 @@ def _pair_features(dataset: Dataset) -> Features:
     return Features({**features, **added})
 
 
+def _advice(counts: Counter[str]) -> str:
+    remedies = {
+        "unscored": "See in the column `verdicts` what the judge answered.",
+        "ties": "See in the column `verdicts` whether the judge tells responses apart.",
+        "below_margin": "Lower `min_margin`.",
+        "truncated_chosen": "Raise `max_new_tokens`, or set `allow_truncated_chosen`.",
+        "empty": "Look at the `responses`: the policy wrote nothing.",
+        "duplicate_responses": "Sample at a higher temperature: the responses are the same.",
+    }
+    return remedies[max(remedies, key=lambda name: counts[name])]
+
+
 def build_pairs(
     dataset: Dataset, rule: str = "uniform", min_margin: float = 0.0, allow_truncated_chosen: bool = False
 ) -> tuple[Dataset, PairReport]:
@@ -277,8 +289,7 @@ def build_pairs(
             f"No pair could be built from {len(dataset)} prompts with {counts['responses']} `responses`: "
             f"{counts['unscored']} without a score, {counts['empty']} empty, {counts['duplicate_responses']} copies; "
             f"{counts['ties']} candidate pairs with equal scores, {counts['below_margin']} below `min_margin`, "
-            f"{counts['truncated_chosen']} with a truncated better response. Check that the judge answers and tells "
-            "responses apart (column `verdicts`), and that several different responses a prompt were sampled."
+            f"{counts['truncated_chosen']} with a truncated better response. {_advice(counts)}"
         )
     names = ("responses", "unscored", "empty", "duplicate_responses", "unused")
     report = PairReport(

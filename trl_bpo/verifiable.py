@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .prompts import completion_text
+from .prompts import completion_text, without_none
 
 
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
@@ -359,11 +359,12 @@ class VerifiableJudge:
         return scores
 
     @staticmethod
-    def _grade(row: int, kind: str, args: str, text: str) -> float:
+    def _grade(row: int, kind: str, args: str | dict, text: str) -> float:
         try:
-            return check(kind, json.loads(args), text)
+            return check(kind, json.loads(args) if isinstance(args, str) else without_none(args), text)
         except (TypeError, ValueError) as error:
+            known = "" if kind in KINDS else f" Known kinds: {', '.join(KINDS)}."
             raise ValueError(
-                f"Row {row} of `constraints` cannot be checked, kind `{kind}` with arguments {args!r}: {error} "
-                f"Known kinds: {', '.join(KINDS)}."
+                f"Row {row} of `constraints` cannot be checked, kind `{kind}` with arguments {args!r}: "
+                f"{str(error).rstrip('.')}.{known}"
             ) from error
