@@ -784,3 +784,20 @@ def test_what_is_logged_is_of_one_selection_and_of_the_selected_pairs(tiny_dir, 
     logged = trainer.state.log_history[-1]
     for name, value in trainer.selection.metrics.items():
         assert logged[f"bpo/{name}"] == value
+
+
+def test_a_curated_dataset_that_cannot_be_saved_does_not_cost_the_model(tiny_dir, tmp_path, caplog):
+    trainer = make(tiny_dir, tmp_path)
+    # A file stands where the folder should be.
+    (tmp_path / "_curated_dataset").write_text("")
+    trainer.train()
+    assert "could not be saved in" in caplog.text and len(trainer.curated_dataset) == 9
+    trainer.save_model()
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_a_judge_column_of_another_kind_is_left_alone(tiny_dir, tmp_path):
+    dataset = pairs().map(lambda row: {"judge": {"name": "somebody"}})
+    trainer = make(tiny_dir, tmp_path, dataset=dataset)
+    trainer.select_pairs()
+    assert trainer.curated_card_data().judge is None

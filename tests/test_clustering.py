@@ -164,8 +164,8 @@ def test_rows_that_coincide_explain_nothing(value):
 
 
 def test_more_clusters_than_rows():
-    with pytest.raises(ValueError, match=r"`breadth_clusters=5` asks for more clusters than there are rows \(4\)"):
-        cluster(np.eye(4), list("abcd"), 5, option="breadth_clusters")
+    with pytest.raises(ValueError, match=r"`n_clusters=5` asks for more clusters than there are rows \(4\)"):
+        cluster(np.eye(4), list("abcd"), 5)
     with pytest.raises(ValueError, match="`n_clusters` must be at least 1, got 0"):
         cluster(np.eye(4), list("abcd"), 0)
     check_n_clusters("n_clusters", 4, 4)

@@ -447,18 +447,19 @@ class BPOTrainer(DPOTrainer):
         self._selection_step = self._num_selections = 0
         output = super().train(*args, **kwargs)
         if self._sampler is not None and self.selection is not None:
-            if self.args.should_save:
-                save_curated_dataset(self.curated_dataset, self._curated_path, self.curated_card_data())
-            if self.args.curated_dataset_hub_id is not None:
-                try:
+            # The model is not saved yet at this point, and it cost more than to save or push the dataset again does.
+            try:
+                if self.args.should_save:
+                    save_curated_dataset(self.curated_dataset, self._curated_path, self.curated_card_data())
+                if self.args.curated_dataset_hub_id is not None:
                     self.push_curated_dataset()
-                except Exception as error:
-                    # The model is not saved yet at this point, and it cost more than a second push does.
-                    logger.error(
-                        f"The curated dataset could not be pushed to {self.args.curated_dataset_hub_id}: {error}. It is "
-                        f"saved in {self._curated_path}; call `push_curated_dataset()` to push it again.",
-                        exc_info=True,
-                    )
+            except Exception as error:
+                logger.error(
+                    f"The curated dataset could not be saved in {self._curated_path} or could not be pushed to "
+                    f"{self.args.curated_dataset_hub_id}: {error}. It is in `trainer.curated_dataset` and, by its ids, in "
+                    "`_selections`; call `push_curated_dataset()` to push it again.",
+                    exc_info=True,
+                )
         return output
 
     # Curated dataset
@@ -488,9 +489,9 @@ class BPOTrainer(DPOTrainer):
         model_name = get_config_model_id(self.model.config)
         fields = dict(self.curated_card_fields)
         # Pairs that were built from saved scores say who gave them.
-        judges = set(self.curated_dataset["judge"]) if "judge" in self.curated_dataset.column_names else set()
-        if len(judges) == 1:
-            fields.setdefault("judge", judges.pop())
+        judges = list(self.curated_dataset["judge"]) if "judge" in self.curated_dataset.column_names else []
+        if judges and isinstance(judges[0], str) and all(judge == judges[0] for judge in judges):
+            fields.setdefault("judge", judges[0])
         funnel = fields.pop("funnel", [("pairs", len(self._pool or []), "after TRL's length filter")])
         settings = {"model": Path(model_name).name if Path(model_name).is_dir() else model_name}
         settings |= {name: getattr(self.args, name) for name in (*options, "projection_dim", "seed")}

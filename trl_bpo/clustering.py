@@ -117,9 +117,7 @@ def _sorted_by_id(features: np.ndarray, ids: Sequence[str]) -> tuple[np.ndarray,
     return order, np.asarray(features, dtype=np.float64)[order]
 
 
-def cluster(
-    features: np.ndarray, ids: Sequence[str], n_clusters: int | None = None, seed: int = 42, option: str = "n_clusters"
-) -> Clustering:
+def cluster(features: np.ndarray, ids: Sequence[str], n_clusters: int | None = None, seed: int = 42) -> Clustering:
     """
     Cluster rows by K-means (k-means++ start, Lloyd's algorithm) and rank each within its own cluster.
 
@@ -134,8 +132,6 @@ def cluster(
             Number of clusters. If `None`, [`default_n_clusters`] decides.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the k-means++ start.
-        option (`str`, *optional*, defaults to `"n_clusters"`):
-            Name under which the user knows `n_clusters`, for the message.
 
     Returns:
         [`Clustering`]: Labels, distances and ranks in the order of the input.
@@ -145,7 +141,7 @@ def cluster(
     """
     n = len(features)
     n_clusters = default_n_clusters(n) if n_clusters is None else n_clusters
-    check_n_clusters(option, n_clusters, n)
+    check_n_clusters("n_clusters", n_clusters, n)
     order, features = _sorted_by_id(features, ids)
     sorted_labels, sorted_distances, variance_explained = _fit(features, n_clusters, seed)
 
