@@ -476,6 +476,9 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
     trainer.accelerator.print(summary_table(funnel.rows))
     curated = " and curated dataset" if trainer.selection is not None else ""
     trainer.accelerator.print(f"Model, cards{curated}: {training_args.output_dir}")
+    # The group is taken down with the interpreter's lock held. A thread of gloo that needs the lock to let go of the last
+    # collective's tensors would block that for ever; while everyone waits, the lock is free.
+    trainer.accelerator.wait_for_everyone()
     if Version(transformers.__version__) >= Version("5.18.0"):
         trainer.end()
 

@@ -69,7 +69,10 @@ def main(model_dir, folder):
     }  # fmt: skip
     trainers["failing"][0]._selector = FailingSelector(0.5)
     results = {name: run(trainer, **kwargs) for name, (trainer, kwargs) in trainers.items()}
-    torch.save(results, folder / f"process-{trainers['ipo'][0].accelerator.process_index}.pt")
+    accelerator = trainers["ipo"][0].accelerator
+    torch.save(results, folder / f"process-{accelerator.process_index}.pt")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -256,6 +256,8 @@ SCRIPT = """
     result = {"seen": generator.seen, "judged": len(judged), "pairs": pairs.to_list(), "tokens": collector.report.generated_tokens}
     with open(f"{sys.argv[2]}/{state.process_index}.json", "w") as file:
         json.dump(result, file)
+    state.wait_for_everyone()
+    state.end_training()
 """
 
 

@@ -371,7 +371,7 @@ def test_missing_package():
         "from trl_bpo import OpenAIJudge\n"
         "try:\n    OpenAIJudge('grader')\nexcept ImportError as error:\n    print(error)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert "pip install 'trl_bpo[openai]'" in result.stdout
 
 

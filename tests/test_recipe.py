@@ -207,7 +207,7 @@ def launch(arguments, launcher=("accelerate.commands.launch",), **environment):
     command = [sys.executable, "-m", *launcher, str(RECIPE)]
     command += [str(item) for name, value in {**OPTIONS, **arguments}.items() for item in (f"--{name}", value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -248,7 +248,9 @@ def test_a_push_reads_back_from_the_hub(tiny_dir, tmp_path):
         read = (
             "from datasets import load_dataset; load_dataset('tester/kept', split='train').to_parquet('read.parquet')"
         )
-        subprocess.run([sys.executable, "-c", read], env={**os.environ, **environment}, cwd=tmp_path, check=True)
+        subprocess.run(
+            [sys.executable, "-c", read], env={**os.environ, **environment}, cwd=tmp_path, check=True, timeout=300
+        )
         assert hub.repos["dataset", "tester/kept"].private
         assert "pairs_per_prompt.png" in hub.files("dataset", "tester/kept")
     saved = load_dataset(str(tmp_path / "out" / "_curated_dataset"), split="train")
@@ -417,6 +419,6 @@ def test_a_missing_extra_comes_with_its_install_command(package, tmp_path):
         "openai": "trl_bpo.OpenAIJudge('judge')",
     }[package]
     code = f"import sys; sys.modules['{package}'] = None; import trl_bpo; {make}"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert result.returncode == 1
     assert f"pip install 'trl_bpo[{extra}]'" in result.stderr.splitlines()[-1]
