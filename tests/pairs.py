@@ -77,13 +77,14 @@ class IdentityProjection:
     """Has the interface of `SparseProjection`, and keeps every entry of every gradient."""
 
     def __init__(self, modules):
-        self.offsets, self.dim = {}, 0
+        self.offsets, self.dim, self.max_numel = {}, 0, 2**63
         for name, module in modules.items():
             self.offsets[name] = self.dim
             self.dim += module.weight.numel()
 
-    def weight_gradient(self, name, inputs, grad_outputs):
-        gradients = torch.bmm(grad_outputs.transpose(1, 2), inputs).flatten(1)
+    def weight_gradient(self, name, inputs, grad_outputs, scale=None):
+        gradients = torch.bmm(grad_outputs.transpose(1, 2), inputs) * (1 if scale is None else scale)
+        gradients = gradients.flatten(1)
         whole = gradients.new_zeros(len(gradients), self.dim)
         whole[:, self.offsets[name] : self.offsets[name] + gradients.shape[1]] = gradients
         return whole

@@ -23,15 +23,9 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_bpo.gradients import (
-    PairResponses,
-    length_batches,
-    pad_batch,
-    response_gradients,
-    target_modules,
-    unique_responses,
-)
+from trl_bpo.gradients import response_gradients, target_modules
 from trl_bpo.projection import SparseProjection
+from trl_bpo.responses import PairResponses, deal, length_batches, pad_batch, unique_responses
 
 
 # Mixed lengths, a completion of one token, and a completion that starts right at the beginning.
@@ -85,10 +79,10 @@ def test_equals_autograd_response_by_response(tiny_dir, kind, dtype, tolerance):
     for batch_tokens in (1, 1000):
         features, logps = gradients(model, projection=projection, batch_tokens=batch_tokens)
         expected, expected_logps = direct(model)
-        assert features.dtype == logps.dtype == torch.float32
+        assert features.dtype == dtype and logps.dtype == torch.float64
         for row in range(5):
             assert relative_error(features[row], expected[row]) < tolerance
-        torch.testing.assert_close(logps, expected_logps.float(), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(logps, expected_logps.double(), rtol=1e-5, atol=1e-4)
         # Responses are told apart, and every target has a part in every one of them.
         assert relative_error(features[0], expected[1]) > 0.1
         for start, module in zip(projection.offsets.values(), target_modules(model).values(), strict=True):
@@ -126,20 +120,13 @@ def test_order_of_the_responses_does_not_matter(tiny_dir):
     assert torch.equal(gradients(model, shuffled, batch_tokens=14)[0], gradients(model, batch_tokens=14)[0][order])
 
 
-def test_two_ranks_add_up_to_one_bit_for_bit(tiny_dir):
-    model = load(tiny_dir, "lora", torch.float32)
-    whole, whole_logps = gradients(model, batch_tokens=8)
-    parts = [gradients(model, batch_tokens=8, process_index=rank, num_processes=2) for rank in range(2)]
-    assert torch.equal(parts[0][0] + parts[1][0], whole)
-    assert torch.equal(parts[0][1] + parts[1][1], whole_logps)
-    # Both have a share, and no row is computed twice.
-    rows = [part.norm(dim=1) > 0 for part, _ in parts]
-    assert rows[0].any() and rows[1].any() and not (rows[0] & rows[1]).any()
-
-
-def test_more_ranks_than_batches(tiny_dir):
-    features, logps = gradients(load(tiny_dir, "lora"), process_index=1, num_processes=2)
-    assert not features.any() and not logps.any()
+def test_batches_are_dealt():
+    batches = [[0, 1], [2], [3], [4], [5]]
+    assert [deal(batches, rank, 2, False) for rank in range(2)] == [([[0, 1], [3], [5]], 3), ([[2], [4]], 2)]
+    # Where every forward pass takes all processes, nobody runs fewer.
+    assert deal(batches, 1, 2, True) == ([[2], [4], [5]], 2)
+    assert deal(batches[:4], 1, 2, True) == ([[2], [4]], 2)
+    assert deal(batches[:1], 1, 2, True) == ([[0, 1]], 0) and deal([], 1, 2, True) == ([], 0)
 
 
 def state(model):
@@ -214,7 +201,7 @@ def test_works_where_gradients_are_switched_off(tiny_dir):
 def test_half_precision(tiny_dir):
     expected = gradients(load(tiny_dir, "lora", torch.float32))[0]
     features, logps = gradients(load(tiny_dir, "lora", torch.bfloat16))
-    assert features.dtype == logps.dtype == torch.float32
+    assert features.dtype == torch.float32 and logps.dtype == torch.float64
     assert relative_error(features, expected) < 0.1
 
 

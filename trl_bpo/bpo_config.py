@@ -21,14 +21,14 @@ from huggingface_hub.utils import validate_repo_id
 from trl import DPOConfig
 
 from .clustering import SCOPES, check_fraction
+from .feature_store import DTYPES
 
 
+FEATURES = ("pair", "sum", "chosen")
 # The only value of each option that goes with selection, and why.
 _NOT_WITH_SELECTION = {
     "train_sampling_strategy": ("random", "the order of the selected pairs is drawn by BPOTrainer"),
     "ignore_data_skip": (False, "a resumed run would not find its place in the selection"),
-    "use_weighting": (False, "the weights of WPO are not part of the gradient features yet"),
-    "ld_alpha": (None, "with it a response's gradient depends on its partner, which is not covered yet"),
 }
 
 
@@ -62,13 +62,27 @@ class BPOConfig(DPOConfig):
 
         > Parameters that control the gradient features
 
+        depth_feature (`str`, *optional*, defaults to `"pair"`):
+            What is clustered of each pair. `"pair"` is the gradient of its loss, the literal reading of the paper: a
+            weighted difference of the gradients of the two responses. `"sum"` is their sum and `"chosen"` that of the
+            chosen response alone; both leave in what the responses share, prompt and task.
         normalize_gradients (`bool`, *optional*, defaults to `True`):
             Whether to scale the gradient feature of each pair to unit length before clustering. Otherwise the pairs
             nearest to a centre are those with hardly any gradient.
         projection_dim (`int`, *optional*, defaults to `2048`):
             Dimension of the sparse random projection of the gradients.
         gradient_batch_tokens (`int`, *optional*, defaults to `4096`):
-            Tokens a batch of the gradient pass, padding included, on each process.
+            Tokens a batch of the gradient pass, padding included, on each process. If a batch does not fit into memory,
+            batches are cut in halves.
+        gradient_layers (`list[int]`, *optional*):
+            Decoder layers whose gradients make up the feature, counted from 0 at the input. If `None`, all. The backward
+            pass stops at the lowest, so the upper half of the layers costs about a quarter less.
+        precondition_gradients (`bool`, *optional*, defaults to `False`):
+            Whether to divide each gradient entry as Adam would, by the root of its second moment as it is at the time.
+            The selection before the first optimizer step takes the gradients as they are.
+        gradient_dtype (`str`, *optional*, defaults to `"float32"`):
+            Type in which the features of a selection are kept on disk, in `output_dir/_features`, until the next one:
+            `"float32"`, or `"float16"` for half of the space.
 
         > Parameters that control the curated dataset
 
@@ -110,6 +124,14 @@ class BPOConfig(DPOConfig):
     )
 
     # Parameters that control the gradient features
+    depth_feature: str = field(
+        default="pair",
+        metadata={
+            "help": "What is clustered of each pair: the gradient of its loss, the sum of the gradients of its "
+            "responses, or that of the chosen one.",
+            "choices": list(FEATURES),
+        },
+    )
     normalize_gradients: bool = field(
         default=True,
         metadata={"help": "Whether to scale the gradient feature of each pair to unit length before clustering."},
@@ -121,6 +143,18 @@ class BPOConfig(DPOConfig):
     gradient_batch_tokens: int = field(
         default=4096,
         metadata={"help": "Tokens a batch of the gradient pass, padding included, on each process."},
+    )
+    gradient_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Decoder layers whose gradients make up the feature, counted from 0. If None, all."},
+    )
+    precondition_gradients: bool = field(
+        default=False,
+        metadata={"help": "Whether to divide each gradient entry by the root of Adam's second moment."},
+    )
+    gradient_dtype: str = field(
+        default="float32",
+        metadata={"help": "Type in which features are kept on disk.", "choices": list(DTYPES)},
     )
 
     # Parameters that control the curated dataset
@@ -134,8 +168,10 @@ class BPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         check_fraction("depth_fraction", self.depth_fraction)
-        if self.depth_scope not in SCOPES:
-            raise ValueError(f"`depth_scope` must be one of {SCOPES}, got {self.depth_scope!r}.")
+        choices = {"depth_scope": SCOPES, "depth_feature": FEATURES, "gradient_dtype": DTYPES}
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"`{name}` must be one of {values}, got {getattr(self, name)!r}.")
         if self.reselect_every_epochs < 0:
             raise ValueError(f"`reselect_every_epochs` must not be negative, got {self.reselect_every_epochs}.")
         for name in ("depth_clusters", "reselect_every_steps", "projection_dim", "gradient_batch_tokens"):

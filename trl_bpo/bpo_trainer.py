@@ -39,12 +39,14 @@ from .bpo_config import BPOConfig
 from .card import CuratedCardData
 from .clustering import check_n_clusters
 from .depth import DepthSelection, DepthSelector
-from .gradients import response_gradients, target_modules, unique_responses
+from .feature_store import StoreMismatchError
+from .gradients import target_modules
 from .hub import push_curated_dataset, save_curated_dataset
-from .pair_loss import needs_reference, pair_coefficients, reference_log_probs
+from .pair_features import PairFeatures, remove_stores, runs_in_lockstep
 from .projection import SparseProjection
 from .prompts import pair_id, prompt_id
 from .report import pairs_per_prompt
+from .responses import unique_responses
 from .sampler import ActivePairsSampler
 
 
@@ -191,6 +193,7 @@ class BPOTrainer(DPOTrainer):
             seed=args.seed,
         )
         self._projection = SparseProjection(args.projection_dim, args.seed)
+        self._features: PairFeatures | None = None
         if args.depth_fraction < 1.0 and train_dataset is not None:
             train_dataset = self._identify_pairs(train_dataset, args)
         super().__init__(model, ref_model, args, data_collator, train_dataset, *other, **kwargs)
@@ -208,7 +211,16 @@ class BPOTrainer(DPOTrainer):
         n_active = self._selector.check(self._prompt_ids)
         self._sampler = ActivePairsSampler(n_active, args.seed if args.data_seed is None else args.data_seed)
         self._sampler.set_rows(np.arange(len(ids)), 0)
-        target_modules(self.accelerator.unwrap_model(self.model))
+        target_modules(self.accelerator.unwrap_model(self.model), args.gradient_layers)
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError(
+                "FSDP 1 flattens the weights, so that their gradients cannot be told apart. Set `fsdp_version: 2`."
+            )
+        if args.precondition_gradients and runs_in_lockstep(self):
+            raise ValueError(
+                "`precondition_gradients` does not go with sharded weights, whose second moments are sharded too. Unset "
+                "it, or train under DDP."
+            )
 
     def _identify_pairs(self, dataset: Dataset | IterableDataset, args: BPOConfig) -> Dataset | IterableDataset:
         # Refuses what cannot work while pairs are selected, before a model is loaded.
@@ -278,40 +290,41 @@ class BPOTrainer(DPOTrainer):
         # Only one process clusters, and all take its answer: ranks that disagree in one pair would train on different
         # data. Its error is shared as well, since the others would wait for it forever.
         outcome: list[DepthSelection | Exception | None] = [None]
-        if self.accelerator.is_main_process:
+        if features is not None:
             try:
-                outcome[0] = self._selector.select(features.numpy(), self._pair_ids, self._prompt_ids)
+                outcome[0] = self._selector.select(features, self._pair_ids, self._prompt_ids)
             except Exception as error:
                 outcome[0] = error
         broadcast_object_list(outcome, from_process=0)
         if not isinstance(outcome[0], DepthSelection):
             raise outcome[0] or RuntimeError("The main process sent no selection.")
+        if not self.is_in_train:
+            remove_stores(self._features_path, self.accelerator)
         self.selection = outcome[0]
         return outcome[0]
 
-    def _pair_features(self) -> torch.Tensor:
-        responses = unique_responses(self.train_dataset, self.args.max_length, self.args.truncation_mode)
-        batching = {"pad_token_id": self._tokenizer.pad_token_id, "batch_tokens": self.args.gradient_batch_tokens}
-        features, logps = response_gradients(
-            self.accelerator.unwrap_model(self.model),
-            responses,
-            self._projection,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-            disable_tqdm=self.args.disable_tqdm or not self.accelerator.is_main_process,
-            **batching,
-        )
-        features = self._sum_over_processes(features)
-        if not needs_reference(self, self.args.normalize_gradients):
-            return features[responses.rejected] - features[responses.chosen]
-        ref_logps = reference_log_probs(self, responses, **batching)
-        logps, ref_logps = self._sum_over_processes(logps), self._sum_over_processes(ref_logps)
-        c = pair_coefficients(self, responses, logps, ref_logps)
-        return c[:, :1] * features[responses.chosen] + c[:, 1:] * features[responses.rejected]
+    @property
+    def _features_path(self) -> Path:
+        return Path(str(self.args.output_dir)) / "_features"
 
-    def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
-        # Each row is zero on all processes but one, so the sum is exact.
-        return self.accelerator.reduce(tensor.to(self.accelerator.device)).cpu()
+    def _pair_features(self) -> np.ndarray | None:
+        if self._features is None:
+            responses = unique_responses(self.train_dataset, self.args.max_length, self.args.truncation_mode)
+            self._features = PairFeatures(self, responses)
+        step = self.state.global_step
+        # The store of this selection serves a run that is killed and started again, until the next selection has its own.
+        folder = self._features_path / f"step-{step:06d}"
+        try:
+            features = self._features.compute(self._projection, folder)
+        except StoreMismatchError as error:
+            # Steps that were trained again need not give the same bits on a GPU. All else is for the user to decide.
+            if step == 0 or error.differing != ["model"]:
+                raise
+            logger.warning(f"{error} Since they were made at step {step} of a run that trained again, they are.")
+            remove_stores(folder, self.accelerator)
+            features = self._features.compute(self._projection, folder)
+        remove_stores(self._features_path, self.accelerator, keep=folder)
+        return features
 
     def _activate(self, selection: DepthSelection, previous: DepthSelection | None, step: int) -> None:
         self._selection_step, self._num_selections = step, self._num_selections + 1
@@ -447,6 +460,7 @@ class BPOTrainer(DPOTrainer):
         self._selection_step = self._num_selections = 0
         output = super().train(*args, **kwargs)
         if self._sampler is not None and self.selection is not None:
+            remove_stores(self._features_path, self.accelerator)
             # The model is not saved yet at this point, and it cost more than to save or push the dataset again does.
             try:
                 if self.args.should_save:

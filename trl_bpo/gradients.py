@@ -18,138 +18,37 @@ Gradient features of responses and of preference pairs.
 A DPO loss depends on the policy only through the log-probabilities of the two responses of a pair, so its gradient is
 `c+ g(y+) + c- g(y-)`, where `g(y)` is the gradient of `log pi(y | x)` and `c+`, `c-` are the derivatives of the loss with
 respect to the two log-probabilities. A random projection is linear, so it commutes with that sum: one backward pass per
-unique response serves all of the pairs that the response is in.
+unique response serves all of the pairs that the response is in. Where a prompt has one pair only, one backward pass
+through both responses behind one copy of the prompt is cheaper still.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .projection import SparseProjection
+from .responses import PairResponses, ResponseBatch, length_batches, one_a_row, one_pair_a_row, packed_length
 
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class PairResponses:
-    """
-    The distinct responses of a pool of pairs, and which pair uses which.
-
-    A response is identified by its truncated token ids and by where the completion starts in them: TRL cuts the prompt
-    where the two tokenised answers of a pair diverge from it, so that one text can be two responses.
-
-    Attributes:
-        input_ids (`list[list[int]]`):
-            Truncated token ids of prompt and completion, one list a response.
-        starts (`list[int]`):
-            Index of the first completion token, one a response.
-        chosen (`np.ndarray` of shape `(n_pairs,)`, int64):
-            Index of each pair's chosen response.
-        rejected (`np.ndarray` of shape `(n_pairs,)`, int64):
-            Index of each pair's rejected response.
-    """
-
-    input_ids: list[list[int]]
-    starts: list[int]
-    chosen: np.ndarray
-    rejected: np.ndarray
-
-
-def unique_responses(
-    dataset: Dataset, max_length: int | None = None, truncation_mode: str = "keep_start"
-) -> PairResponses:
-    """
-    Collect the distinct responses of a dataset that [`~trl.DPOTrainer`] has tokenised.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Pairs with the columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
-        max_length (`int`, *optional*):
-            Tokens to which prompt and completion are cut, as the collator of DPO does.
-        truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
-            Which end is kept, `"keep_start"` or `"keep_end"`.
-
-    Returns:
-        [`PairResponses`]: The distinct responses.
-    """
-    index: dict[tuple[int, tuple[int, ...]], int] = {}
-    indices: dict[str, list[int]] = {"chosen_ids": [], "rejected_ids": []}
-    for row in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]):
-        for column, used in indices.items():
-            ids = row["prompt_ids"] + row[column]
-            cut = max(0, len(ids) - max_length) if max_length is not None else 0
-            if truncation_mode == "keep_end":
-                key = (max(0, len(row["prompt_ids"]) - cut), tuple(ids[cut:]))
-            else:
-                key = (len(row["prompt_ids"]), tuple(ids[: len(ids) - cut]))
-            used.append(index.setdefault(key, len(index)))
-    return PairResponses(
-        input_ids=[list(ids) for _, ids in index],
-        starts=[start for start, _ in index],
-        chosen=np.asarray(indices["chosen_ids"]),
-        rejected=np.asarray(indices["rejected_ids"]),
-    )
-
-
-def length_batches(input_ids: list[list[int]], batch_tokens: int) -> list[list[int]]:
-    """
-    Cut length-sorted responses into batches of at most `batch_tokens` tokens, padding included.
-
-    The batches depend on the responses alone, not on their order and not on the number of processes that will share
-    them, so that no float does. The longest come first: what does not fit into memory fails at once.
-
-    Args:
-        input_ids (`list[list[int]]`):
-            Token ids of the responses.
-        batch_tokens (`int`):
-            Tokens a batch. A longer response is a batch of its own.
-
-    Returns:
-        `list[list[int]]`: Indices of the responses of each batch.
-    """
-    batches: list[list[int]] = []
-    for index in sorted(range(len(input_ids)), key=lambda i: (-len(input_ids[i]), input_ids[i])):
-        if not batches or len(input_ids[batches[-1][0]]) * (len(batches[-1]) + 1) > batch_tokens:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
-
-
-def pad_batch(responses: PairResponses, batch: list[int], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """
-    Pad the responses of one batch on the right, as the collator of DPO does.
-
-    Args:
-        responses ([`PairResponses`]):
-            The responses.
-        batch (`list[int]`):
-            Indices of those in the batch.
-        pad_token_id (`int`):
-            Id to pad with.
-
-    Returns:
-        `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `completion_mask`, each of shape `(n, tokens)`.
-    """
-    length = max(len(responses.input_ids[index]) for index in batch)
-    input_ids = torch.full((len(batch), length), pad_token_id)
-    attention_mask, completion_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    for row, index in enumerate(batch):
-        ids = responses.input_ids[index]
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        attention_mask[row, : len(ids)] = 1
-        completion_mask[row, responses.starts[index] : len(ids)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+# Per-token log-probabilities of the responses of a batch, one tensor a response.
+Pieces = list[torch.Tensor]
+# The derivative of a loss with respect to each of them: rows of the batch, log-probabilities, and where the model gives
+# them, `log(sum p^2)` of the distributions that they were taken from.
+Weigh = Callable[[list[int], Pieces, Pieces | None], Pieces]
+# What becomes of a batch: its rows, features of shape `(n, dim)`, and the same pieces.
+Write = Callable[[list[int], torch.Tensor, Pieces, Pieces | None], None]
 
 
 class _CaptureGradient(torch.autograd.Function):
@@ -166,16 +65,18 @@ class _CaptureGradient(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(inputs)
         ctx.consume = consume
+        # With the model split across devices, the layer may lie on another device than the anchor.
+        ctx.anchor_device = anchor.device
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         (inputs,) = ctx.saved_tensors
         ctx.consume(inputs, grad_output)
-        return grad_output, grad_output.new_zeros(()), None, None
+        return grad_output, torch.zeros((), device=ctx.anchor_device), None, None
 
 
-def target_modules(model: PreTrainedModel | PeftModel) -> dict[str, nn.Linear]:
+def target_modules(model: PreTrainedModel | PeftModel, layers: Sequence[int] | None = None) -> dict[str, nn.Linear]:
     """
     The linear layers whose gradients make up the features: those with a trainable weight.
 
@@ -185,13 +86,16 @@ def target_modules(model: PreTrainedModel | PeftModel) -> dict[str, nn.Linear]:
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The policy.
+        layers (`Sequence[int]`, *optional*):
+            Decoder layers to take them from, counted from 0 at the input. If `None`, all. The backward pass stops at
+            the lowest of them.
 
     Returns:
         `dict[str, nn.Linear]`: Modules by name.
 
     Raises:
-        `ValueError`: If there is none, or if the experts of a Mixture-of-Experts layer are trainable: their weights are
-            stacked in one parameter, whose gradient cannot be told apart by response.
+        `ValueError`: If there is none, if one of the layers has none, or if the experts of a Mixture-of-Experts layer
+            are trainable: their weights are stacked in one parameter, whose gradient cannot be told apart by response.
     """
     stacked = [
         f"{name}.{parameter_name}" if name else parameter_name
@@ -216,12 +120,23 @@ def target_modules(model: PreTrainedModel | PeftModel) -> dict[str, nn.Linear]:
             f"{type(model).__name__} has no trainable `nn.Linear`, so there is no gradient to select by. Train LoRA "
             "adapters or the full model, or set `depth_fraction=1.0`."
         )
-    return modules
+    if layers is None:
+        return modules
+    # The first number in a module's name is that of its decoder layer in every model of transformers.
+    numbers = {name: int(match[1]) for name in modules if (match := re.search(r"\.(\d+)\.", name))}
+    if missing := set(layers) - set(numbers.values()):
+        raise ValueError(
+            f"`gradient_layers` names layer {min(missing)}, which has no trainable `nn.Linear`. Those that have one are "
+            f"{sorted(set(numbers.values()))}."
+        )
+    return {name: module for name, module in modules.items() if numbers.get(name) in layers}
 
 
 @contextmanager
 def _capture(
-    model: PreTrainedModel | PeftModel, consume: Callable[[str, torch.Tensor, torch.Tensor], None]
+    model: PreTrainedModel | PeftModel,
+    modules: dict[str, nn.Linear],
+    consume: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> Iterator[torch.Tensor]:
     # Everything that is changed here (hooks, training mode) is put back, also after an exception.
     training = [module for module in model.modules() if module.training]
@@ -235,7 +150,7 @@ def _capture(
         # No dropout, and no gradient checkpointing, which would run the forward hooks a second time.
         model.eval()
         anchor = torch.zeros((), device=model.device, requires_grad=True)
-        for name, module in target_modules(model).items():
+        for name, module in modules.items():
 
             def hook(_: nn.Module, args: tuple, output: torch.Tensor, name: str = name) -> torch.Tensor:
                 return _CaptureGradient.apply(output, anchor, args[0], lambda x, dy: consume(name, x, dy))
@@ -244,66 +159,149 @@ def _capture(
         yield anchor
 
 
-@contextmanager
-def _compact_completions(backbone: nn.Module, mask: torch.Tensor) -> Iterator[None]:
-    # The fused LM head scores every position where there is no Triton. Handing it nothing but the hidden states that
-    # predict a completion token saves the projection of prompts and padding to the vocabulary on every device.
+def _run_model(model: PreTrainedModel | PeftModel, batch: ResponseBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    # Log-probability of each completion token, and `log(sum p^2)` where the fused head was asked for it.
+    # That head scores every position where there is no Triton. Handing it nothing but the hidden states that predict a
+    # completion token saves the projection of prompts and padding to the vocabulary on every device.
     def hook(_: nn.Module, args: tuple, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state[:, :-1][mask].unsqueeze(0)
+        hidden = output.last_hidden_state
+        rows, columns = batch.positions
+        output.last_hidden_state = hidden[rows.to(hidden.device), columns.to(hidden.device)].unsqueeze(0)
         return output
 
-    handle = backbone.register_forward_hook(hook)
+    inputs = dict(batch.inputs)
+    if inputs["attention_mask"].ndim == 4 and model.config._attn_implementation == "eager":
+        # This one adds its mask to the scores.
+        minimum = torch.finfo(model.dtype).min
+        inputs["attention_mask"] = (~inputs["attention_mask"]).to(model.dtype) * minimum
+    lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    handle = lm.base_model.register_forward_hook(hook)
     try:
-        yield
+        output = model(**inputs, shift_labels=batch.labels.unsqueeze(0), use_cache=False, fused_lm_head=True)
     finally:
         handle.remove()
+    log_sum_sq_probs = output.log_sum_sq_probs
+    return output.log_probs[0], None if log_sum_sq_probs is None else log_sum_sq_probs[0]
 
 
-def response_gradients(
-    model: PreTrainedModel | PeftModel,
-    responses: PairResponses,
-    projection: SparseProjection,
-    *,
-    pad_token_id: int,
-    batch_tokens: int = 4096,
-    process_index: int = 0,
-    num_processes: int = 1,
-    disable_tqdm: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def can_pack(model: PreTrainedModel | PeftModel, responses: PairResponses, pad_token_id: int) -> bool:
     """
-    Projected gradient and value of `log pi(y | x)`, the sum over the completion tokens, of each response.
+    Whether both responses of a pair can be computed behind one copy of their prompt, exactly.
 
-    One batched forward and backward pass over the activations; `param.grad`, `requires_grad`, training mode, hooks and
-    random state are left as they were. Peak memory beside the pass itself: the per-sample gradient of one module.
+    That takes an attention that is given its mask (`sdpa` or `eager`; Flash Attention is not), in every layer the full
+    one, and a model that goes by `position_ids`. What a configuration says may be wrong, so the log-probabilities of
+    one pair are computed both ways and compared.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The policy, with the fused LM head of TRL.
+        responses ([`PairResponses`]):
+            The distinct responses; the shortest pair is the one compared.
+        pad_token_id (`int`):
+            Id to pad with.
+
+    Returns:
+        `bool`: Whether pairs can be packed.
+    """
+    config = model.config.get_text_config()
+    full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or [])
+    windowed = getattr(config, "sliding_window", None) is not None and not getattr(config, "layer_types", None)
+    if model.config._attn_implementation not in ("sdpa", "eager") or not full or windowed:
+        return False
+    pair = min(range(len(responses.chosen)), key=lambda pair: packed_length(responses, pair))
+    device, training = model.device, model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            packed, _ = _run_model(model, one_pair_a_row(responses, [pair], pad_token_id).to(device))
+            plain = [
+                _run_model(model, one_a_row(responses, [int(index)], pad_token_id).to(device))[0]
+                for index in (responses.chosen[pair], responses.rejected[pair])
+            ]
+    finally:
+        model.train(training)
+    # Half precision differs by its rounding; a wrong mask or position by far more.
+    tolerance = 1e-3 if packed.dtype.itemsize >= 4 and model.dtype.itemsize >= 4 else 0.1
+    return bool((packed - torch.cat(plain)).abs().mean() < tolerance)
+
+
+def _saved_bytes(model: PreTrainedModel | PeftModel, batch: ResponseBatch) -> int:
+    # What autograd keeps of a forward pass for the backward pass, weights aside.
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = _run_model(model, batch)
+    del kept
+    return sum(saved.values())
+
+
+def gradient_pass(
+    model: PreTrainedModel | PeftModel,
+    batches: list[list[int]],
+    collate: Callable[[list[int]], ResponseBatch],
+    projection: SparseProjection,
+    write: Write,
+    *,
+    tokens: Sequence[int],
+    n_own: int | None = None,
+    weigh: Weigh | None = None,
+    layers: Sequence[int] | None = None,
+    scales: dict[str, torch.Tensor] | None = None,
+    lockstep: bool = False,
+    disable_tqdm: bool = False,
+) -> None:
+    """
+    Projected gradients of a weighted sum of completion log-probabilities, one for each row that is asked for.
+
+    One batched forward and backward pass over the activations. `param.grad`, `requires_grad`, training mode, hooks and
+    random state are left as they were, also after an exception. Memory: what autograd keeps of a batch, and the
+    per-sample gradients of one module; an estimate is logged before the start. If a batch does not fit into memory, it
+    and all that follow are cut in halves; floats may then differ in their last bits from those of whole batches.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The policy, unwrapped, with the fused LM head of TRL ([`~trl.trainer.utils.add_fused_lm_head`]) as
             [`~trl.DPOTrainer`] gives it.
-        responses ([`PairResponses`]):
-            The distinct responses.
+        batches (`list[list[int]]`):
+            Rows of each batch.
+        collate (`Callable[[list[int]], ResponseBatch]`):
+            Makes the input of the model from the rows of a batch. If it has several rows of tokens for each, their
+            gradients are added.
         projection ([`SparseProjection`]):
             Projection of the gradients.
-        pad_token_id (`int`):
-            Id to pad with.
-        batch_tokens (`int`, *optional*, defaults to `4096`):
-            Tokens a batch, padding included.
-        process_index (`int`, *optional*, defaults to `0`):
-            Rank of this process: it computes the batches `process_index, process_index + num_processes, ...`.
-        num_processes (`int`, *optional*, defaults to `1`):
-            Number of processes that share the responses.
+        write (`Callable`):
+            Called with the rows of each batch, their features of shape `(n, dim)` (float32, or float64 of a model in
+            float64) on the CPU, the log-probabilities of the completion tokens, one tensor a response, and in the same
+            form `log(sum p^2)`, or `None` where the fused LM head does not give it.
+        tokens (`Sequence[int]`):
+            Tokens of each row, for the progress bar and the estimate.
+        n_own (`int`, *optional*):
+            Number of batches to write. Those behind are run only, for the sake of other processes. If `None`, all.
+        weigh (`Callable`, *optional*):
+            Called with the rows of a batch and the same two lists, it gives the factor of each token's gradient, in
+            tensors of the same shapes. If `None`, every factor is 1.
+        layers (`Sequence[int]`, *optional*):
+            As in [`target_modules`].
+        scales (`dict[str, torch.Tensor]`, *optional*):
+            Factor of each entry of the gradients, of the shape of the weight, by module name.
+        lockstep (`bool`, *optional*, defaults to `False`):
+            Whether other processes run as many forward passes, as FSDP and ZeRO-3 need. No batch is halved then.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Whether to hide the progress bar.
 
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The features, float32 of shape `(n_responses, dim)`, and the
-        log-probabilities, float32 of shape `(n_responses,)`, on the CPU. Rows of other processes are zero, so the sum
-        over the processes is the whole.
+    Raises:
+        `ValueError`: If a module does not see one row a response, as the experts of a Mixture-of-Experts model do.
+        `RuntimeError`: If a single row, or under `lockstep` a batch, does not fit into memory.
     """
-    features = torch.zeros(len(responses.input_ids), projection.dim)
-    logps = torch.zeros(len(responses.input_ids))
-    batches = length_batches(responses.input_ids, batch_tokens)[process_index::num_processes]
-    lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    modules = target_modules(model, layers)
+    n_own = len(batches) if n_own is None else n_own
     sketch = torch.empty(0)
     seen: set[str] = set()
 
@@ -315,38 +313,261 @@ def response_gradients(
                 "`target_modules` of your adapter."
             )
         seen.add(name)
-        sketch.add_(projection.weight_gradient(name, inputs.float(), grad_outputs.float()))
+        scale = None if scales is None else scales[name]
+        gradient = projection.weight_gradient(name, inputs.to(sketch.dtype), grad_outputs.to(sketch.dtype), scale)
+        sketch.add_(gradient.to(sketch.device))
 
-    bar = tqdm(
-        total=sum(len(responses.input_ids[index]) for batch in batches for index in batch),
-        desc="Computing gradient features",
-        unit="tok",
-        unit_scale=True,
-        disable=disable_tqdm,
-    )
-    with _capture(model, consume) as anchor, torch.enable_grad(), bar:
-        for batch in batches:
-            inputs = {key: value.to(model.device) for key, value in pad_batch(responses, batch, pad_token_id).items()}
-            mask = inputs["completion_mask"][:, 1:].bool()
-            labels = inputs["input_ids"][:, 1:][mask].unsqueeze(0)
-            sketch = torch.zeros(len(batch), projection.dim, device=model.device)
-            with _compact_completions(lm.base_model, mask):
-                log_probs = model(
-                    input_ids=inputs["input_ids"],
-                    attention_mask=inputs["attention_mask"],
-                    shift_labels=labels,
-                    use_cache=False,
-                    fused_lm_head=True,
-                ).log_probs[0]
-            torch.autograd.grad(log_probs.sum(), anchor)
-            features[batch] = sketch.cpu()
-            sums = [part.sum() for part in log_probs.detach().float().split(mask.sum(dim=1).tolist())]
-            logps[batch] = torch.stack(sums).cpu()
-            bar.update(sum(len(responses.input_ids[index]) for index in batch))
-    if batches and (idle := [name for name in target_modules(model) if name not in seen]):
+    with _capture(model, modules, consume) as anchor, torch.enable_grad():
+
+        def run(rows: list[int]) -> tuple[torch.Tensor, Pieces, Pieces | None]:
+            nonlocal sketch
+            batch = collate(rows).to(model.device)
+            # Under autocast and with quantised weights, half precision is what the pass uses, not what it adds up in.
+            dtype = torch.promote_types(model.dtype, torch.float32)
+            sketch = torch.zeros(len(batch.inputs["input_ids"]), projection.dim, device=model.device, dtype=dtype)
+            log_probs, log_sum_sq_probs = _run_model(model, batch)
+            # The loss takes them to the CPU in one go.
+            pieces = list(log_probs.detach().cpu().split(batch.lengths))
+            sums = None if log_sum_sq_probs is None else list(log_sum_sq_probs.cpu().split(batch.lengths))
+            factors = torch.ones_like(log_probs)
+            if weigh is not None:
+                factors = torch.cat(weigh(rows, pieces, sums)).to(log_probs)
+            torch.autograd.grad(log_probs, anchor, factors)
+            return sketch.cpu().view(len(rows), -1, projection.dim).sum(dim=1), pieces, sums
+
+        if batches:
+            _log_memory(model, batches, collate, projection, modules, tokens)
+        bar = tqdm(
+            total=sum(tokens),
+            initial=sum(tokens) - sum(tokens[row] for batch in batches[:n_own] for row in batch),
+            desc="Computing gradient features",
+            unit="tok",
+            unit_scale=True,
+            disable=disable_tqdm,
+        )
+        with bar:
+            waiting, n_left = deque(batches), n_own
+            while waiting:
+                rows, failure = waiting.popleft(), None
+                try:
+                    features, pieces, sums = run(rows)
+                except RuntimeError as error:
+                    if not should_reduce_batch_size(error):
+                        raise
+                    failure = error
+                # Out of the handler, so that the traceback does not keep the tensors of the failed pass.
+                if failure is not None:
+                    waiting, n_left = _halve(rows, waiting, n_left, tokens, lockstep, failure.with_traceback(None))
+                    clear_device_cache(garbage_collection=True)
+                    continue
+                if n_left > 0:
+                    write(rows, features, pieces, sums)
+                    bar.update(sum(tokens[row] for row in rows))
+                n_left -= 1
+    if batches and (idle := [name for name in modules if name not in seen]):
         logger.warning(
             "%d trainable linear layers, such as `%s`, took no part in the gradient pass: the features do not cover them.",
             len(idle),
             idle[0],
         )
+
+
+def _halve(
+    rows: list[int], waiting: deque[list[int]], n_left: int, tokens: Sequence[int], lockstep: bool, error: Exception
+) -> tuple[deque[list[int]], int]:
+    if len(rows) == 1 or lockstep:
+        what = "batch" if lockstep else "response or pair"
+        raise RuntimeError(
+            f"A {what} of {sum(tokens[row] for row in rows)} tokens does not fit into memory beside the model. Lower "
+            f"{'`gradient_batch_tokens`' if lockstep else '`max_length`'}, or shard the model over more devices."
+        ) from error
+    logger.warning(
+        "A batch of %d tokens does not fit into memory, so it and those that follow are cut in halves. Set "
+        "`gradient_batch_tokens` to half of its value: the features are then the same to the last bit in each run.",
+        sum(tokens[row] for row in rows),
+    )
+    halves: deque[list[int]] = deque()
+    n_halves = 0
+    for position, batch in enumerate([rows, *waiting]):
+        cut = [half for half in (batch[: (len(batch) + 1) // 2], batch[(len(batch) + 1) // 2 :]) if half]
+        halves.extend(cut)
+        n_halves += len(cut) if position < n_left else 0
+    return halves, n_halves
+
+
+def _log_memory(
+    model: PreTrainedModel | PeftModel,
+    batches: list[list[int]],
+    collate: Callable[[list[int]], ResponseBatch],
+    projection: SparseProjection,
+    modules: dict[str, nn.Linear],
+    tokens: Sequence[int],
+) -> None:
+    # What autograd keeps is counted on the shortest row and grows with the tokens of the batch.
+    short = collate(batches[-1][-1:]).to(model.device)
+    per_token = _saved_bytes(model, short) / short.inputs["input_ids"].numel()
+    largest = max(batches, key=lambda rows: len(rows) * max(tokens[row] for row in rows))
+    batch_tokens = len(largest) * max(tokens[row] for row in largest)
+    n_rows = max(map(len, batches))
+    numel = [min(module.weight.numel(), projection.max_numel) for module in modules.values()]
+    parts = {
+        "activations": per_token * batch_tokens,
+        "projection": 4.0 * sum(numel),
+        "gradients of one module": 8.0 * n_rows * max(numel),
+    }
+    logger.info(
+        "Memory of the gradient pass beside the model, estimated: %.2f GB for batches of up to %d tokens (%s).",
+        sum(parts.values()) / 1e9,
+        batch_tokens,
+        ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()),
+    )
+
+
+def response_gradients(
+    model: PreTrainedModel | PeftModel,
+    responses: PairResponses,
+    projection: SparseProjection,
+    *,
+    pad_token_id: int,
+    batch_tokens: int = 4096,
+    layers: Sequence[int] | None = None,
+    disable_tqdm: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Projected gradient and value of `log pi(y | x)`, the sum over the completion tokens, of each response.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            As in [`gradient_pass`].
+        responses ([`PairResponses`]):
+            The distinct responses.
+        projection ([`SparseProjection`]):
+            Projection of the gradients.
+        pad_token_id (`int`):
+            Id to pad with.
+        batch_tokens (`int`, *optional*, defaults to `4096`):
+            Tokens a batch, padding included.
+        layers (`Sequence[int]`, *optional*):
+            As in [`target_modules`].
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            Whether to hide the progress bar.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: The features, of shape `(n_responses, dim)`, and the log-probabilities,
+        float64 of shape `(n_responses,)`, on the CPU.
+    """
+    features = torch.zeros(len(responses.input_ids), projection.dim)
+    features = features.to(torch.promote_types(model.dtype, torch.float32))
+    logps = torch.zeros(len(responses.input_ids), dtype=torch.float64)
+
+    def write(rows: list[int], sketches: torch.Tensor, pieces: Pieces, _: Pieces | None) -> None:
+        features[rows] = sketches
+        logps[rows] = torch.stack([piece.double().sum() for piece in pieces])
+
+    gradient_pass(
+        model,
+        length_batches(responses.input_ids, batch_tokens),
+        lambda rows: one_a_row(responses, rows, pad_token_id),
+        projection,
+        write,
+        tokens=[len(ids) for ids in responses.input_ids],
+        layers=layers,
+        disable_tqdm=disable_tqdm,
+    )
     return features, logps
+
+
+def pair_batches(
+    responses: PairResponses, batch_tokens: int, pad_token_id: int, packed: bool
+) -> tuple[list[list[int]], Callable[[list[int]], ResponseBatch], list[int]]:
+    """
+    Batches of pairs whose two responses go through the model together.
+
+    Args:
+        responses ([`PairResponses`]):
+            The distinct responses.
+        batch_tokens (`int`):
+            Tokens a batch, padding included.
+        pad_token_id (`int`):
+            Id to pad with.
+        packed (`bool`):
+            Whether both responses of a pair share a row and one copy of the prompt, see [`can_pack`].
+
+    Returns:
+        `tuple[list[list[int]], Callable[[list[int]], ResponseBatch], list[int]]`: For [`gradient_pass`]: the pairs of
+        each batch, what makes the input of the model from them, and the tokens of each pair.
+    """
+    pairs = list(zip(responses.chosen.tolist(), responses.rejected.tolist(), strict=True))
+    ids = responses.input_ids
+    keys = [ids[chosen] + ids[rejected] for chosen, rejected in pairs]
+    if packed:
+        lengths = [packed_length(responses, pair) for pair in range(len(pairs))]
+        batches = length_batches(keys, batch_tokens, lengths)
+        return batches, lambda rows: one_pair_a_row(responses, rows, pad_token_id), lengths
+    lengths = [2 * max(len(ids[chosen]), len(ids[rejected])) for chosen, rejected in pairs]
+    batches = length_batches(keys, batch_tokens, lengths)
+    return (
+        batches,
+        lambda rows: one_a_row(responses, [index for row in rows for index in pairs[row]], pad_token_id),
+        [len(key) for key in keys],
+    )
+
+
+def pair_gradients(
+    model: PreTrainedModel | PeftModel,
+    responses: PairResponses,
+    projection: SparseProjection,
+    weigh: Weigh,
+    *,
+    pad_token_id: int,
+    batch_tokens: int = 4096,
+    packed: bool = True,
+    layers: Sequence[int] | None = None,
+    disable_tqdm: bool = False,
+) -> torch.Tensor:
+    """
+    Projected gradient of a loss of each pair, out of one backward pass through both of its responses.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            As in [`gradient_pass`].
+        responses ([`PairResponses`]):
+            The distinct responses.
+        projection ([`SparseProjection`]):
+            Projection of the gradients.
+        weigh (`Callable`):
+            Derivatives of the loss, as in [`gradient_pass`]; the responses of a batch are chosen and rejected of its
+            first pair, of the second, and so on.
+        pad_token_id (`int`):
+            Id to pad with.
+        batch_tokens (`int`, *optional*, defaults to `4096`):
+            Tokens a batch, padding included.
+        packed (`bool`, *optional*, defaults to `True`):
+            Whether both responses of a pair share a row and one copy of the prompt, see [`can_pack`].
+        layers (`Sequence[int]`, *optional*):
+            As in [`target_modules`].
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            Whether to hide the progress bar.
+
+    Returns:
+        `torch.Tensor` of shape `(n_pairs, dim)`: The features, on the CPU.
+    """
+    features = torch.zeros(len(responses.chosen), projection.dim)
+    features = features.to(torch.promote_types(model.dtype, torch.float32))
+
+    def write(rows: list[int], sketches: torch.Tensor, *_: Any) -> None:
+        features[rows] = sketches
+
+    batches, collate, tokens = pair_batches(responses, batch_tokens, pad_token_id, packed)
+    gradient_pass(
+        model,
+        batches,
+        collate,
+        projection,
+        write,
+        tokens=tokens,
+        weigh=weigh,
+        layers=layers,
+        disable_tqdm=disable_tqdm,
+    )
+    return features

@@ -15,14 +15,22 @@
 """How the loss of a [`~trl.DPOTrainer`] weighs the gradients of the two responses of a pair."""
 
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from .gradients import PairResponses, length_batches, pad_batch
+from .gradients import Pieces, pair_batches
+from .responses import PairResponses, deal, length_batches, pad_batch
+
+
+PairLoss = Callable[[int, Pieces, Pieces | None, torch.Tensor], Pieces]
 
 
 def needs_reference(trainer: DPOTrainer, normalize: bool) -> bool:
@@ -31,7 +39,8 @@ def needs_reference(trainer: DPOTrainer, normalize: bool) -> bool:
 
     For the `sigmoid` loss, and for `robust` with label smoothing below 1/2, under the reverse KL, the derivatives with
     respect to the two log-probabilities are `-c` and `c` with `c > 0` whatever the log-probabilities are. So once the
-    feature is scaled to unit length, beta, the margin and the reference cancel, and `g(y-) - g(y+)` is the feature.
+    feature is scaled to unit length, beta, the margin, the weight of WPO and the reference cancel, and `g(y-) - g(y+)`
+    is the feature.
 
     Args:
         trainer ([`~trl.DPOTrainer`]):
@@ -47,11 +56,14 @@ def needs_reference(trainer: DPOTrainer, normalize: bool) -> bool:
 
 
 def reference_log_probs(
-    trainer: DPOTrainer, responses: PairResponses, *, pad_token_id: int, batch_tokens: int
+    trainer: DPOTrainer, responses: PairResponses, *, pad_token_id: int, batch_tokens: int, lockstep: bool
 ) -> torch.Tensor:
     """
-    Log-probability of each response under the reference of a trainer; the ranks share the batches. Where the trainer has
-    computed them before training, those are taken.
+    Log-probabilities of the responses of each pair under the reference of a trainer; the processes share the batches.
+    Where the trainer has computed them before training, those are taken.
+
+    Each response goes through the reference once. With `ld_alpha`, which cuts the longer response of a pair at the
+    length of the other, each goes through it once for each of its pairs.
 
     Args:
         trainer ([`~trl.DPOTrainer`]):
@@ -62,58 +74,127 @@ def reference_log_probs(
             Id to pad with.
         batch_tokens (`int`):
             Tokens a batch, padding included.
+        lockstep (`bool`):
+            Whether all processes must run as many forward passes.
 
     Returns:
-        `torch.Tensor` of shape `(n_responses,)`: Float32, on the CPU. Rows of other processes are zero.
+        `torch.Tensor` of shape `(n_pairs, 2)`: Of the chosen and of the rejected response, float64, on the CPU.
     """
     accelerator = trainer.accelerator
-    logps = torch.zeros(len(responses.input_ids))
+    pairs = np.stack([responses.chosen, responses.rejected], axis=1)
     if trainer.precompute_ref_logps:
         # TRL keeps no reference model then, and the policy is no longer the reference once it is trained.
         pool: Any = trainer.train_dataset
-        if accelerator.is_main_process:
-            for indices, column in (
-                (responses.chosen, "ref_chosen_logps"),
-                (responses.rejected, "ref_rejected_logps"),
-            ):
-                logps[indices] = torch.tensor(pool[column][:])
-        return logps
-    batches = length_batches(responses.input_ids, batch_tokens)[accelerator.process_index :: accelerator.num_processes]
+        columns = [torch.tensor(pool[name][:]) for name in ("ref_chosen_logps", "ref_rejected_logps")]
+        return torch.stack(columns, dim=1).double()
+    if trainer.ld_alpha is None:
+        batches = length_batches(responses.input_ids, batch_tokens)
+    else:
+        batches, _, _ = pair_batches(responses, batch_tokens, pad_token_id, packed=False)
+    shape = (len(responses.input_ids),) if trainer.ld_alpha is None else (len(pairs), 2)
+    logps = torch.zeros(shape, dtype=torch.float64)
+    own, n_own = deal(batches, accelerator.process_index, accelerator.num_processes, lockstep)
     hidden = trainer.args.disable_tqdm or not accelerator.is_main_process
-    for batch in tqdm(batches, desc="Computing reference log probs", disable=hidden):
-        inputs = {
-            key: value.to(accelerator.device) for key, value in pad_batch(responses, batch, pad_token_id).items()
-        }
-        # TRL halves its batch into chosen and rejected; here it is a plain list of responses.
+    for position, rows in enumerate(tqdm(own, desc="Computing reference log probs", disable=hidden)):
+        # TRL halves its batch into chosen and rejected. Here it is a plain list of responses, unless pairs matter.
+        indices = rows if trainer.ld_alpha is None else pairs[rows].T.reshape(-1).tolist()
+        inputs = pad_batch(responses, indices, pad_token_id)
+        inputs = {key: value.to(accelerator.device) for key, value in inputs.items()}
         halves = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, inputs)
-        logps[batch] = torch.cat(halves).float().cpu()
-    return logps
+        if position < n_own:
+            values = torch.cat(halves) if trainer.ld_alpha is None else torch.stack(halves, dim=1)
+            logps[rows] = values.double().cpu()
+    # Each row is zero on all processes but one, so the sum is exact.
+    logps = accelerator.reduce(logps.to(accelerator.device)).cpu()
+    return logps if trainer.ld_alpha is not None else logps[torch.as_tensor(pairs)]
 
 
 class _FixedLogProbs:
-    # Stands where the loss expects the model, and answers with log-probabilities that are already known. The loss sees
-    # the sum over the completion only, so all of it sits on the completion's tokens in equal parts.
-    def __init__(self, log_probs: torch.Tensor) -> None:
+    # Stands where the loss expects the model, and answers with log-probabilities that are already known.
+    def __init__(self, log_probs: torch.Tensor, log_sum_sq_probs: torch.Tensor) -> None:
         self.log_probs = log_probs
+        self.log_sum_sq_probs = log_sum_sq_probs
 
     def __call__(self, **kwargs: Any) -> FusedCausalLMOutput:
         zeros = torch.zeros_like(self.log_probs)
         return FusedCausalLMOutput(
             log_probs=self.log_probs,
             entropy=zeros,
+            log_sum_sq_probs=self.log_sum_sq_probs,
             mean_logits=zeros,
             is_top1=torch.zeros_like(zeros, dtype=torch.bool),
         )
 
 
+@contextmanager
+def loss_of_one_pair(trainer: DPOTrainer, responses: PairResponses) -> Iterator[PairLoss]:
+    """
+    The loss of a trainer for each pair as a batch of its own, differentiated with respect to the log-probabilities.
+
+    The derivatives are taken by autograd through the very loss of the trainer, so that every loss type, weighting and
+    divergence that TRL knows is covered and none is written twice. Losses that couple the pairs of a batch take their
+    value on one pair; auxiliary losses of Mixture-of-Experts models are left out. On the CPU, where an operation on two
+    numbers is cheap. No process waits for another. The trainer's metrics are left as they were.
+
+    Args:
+        trainer ([`~trl.DPOTrainer`]):
+            The trainer.
+        responses ([`PairResponses`]):
+            The distinct responses.
+
+    Yields:
+        `Callable`: From the index of a pair, the per-token log-probabilities of its chosen and rejected completion,
+        in the same form `log(sum p^2)` of their distributions (or `None`, without `use_weighting`), and the two
+        reference log-probabilities, the derivatives, in the form of the log-probabilities.
+    """
+    stand_in = SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x)
+    replaced: dict[str, Any] = {
+        # The loss records metrics as it goes, summed over the processes. They belong to training steps.
+        "_metrics": {"train": defaultdict(list), "eval": defaultdict(list)},
+        "_total_train_tokens": 0,
+        "accelerator": stand_in,
+        "precompute_ref_logps": True,
+        "aux_loss_enabled": False,
+    }
+    saved = {name: getattr(trainer, name) for name in replaced}
+    # TRL bounds the exponential of this divergence by a table of types that ends with float32.
+    dtype = torch.float32 if trainer.f_divergence_type == "alpha_divergence" else torch.float64
+
+    def derivatives(pair: int, log_probs: Pieces, log_sum_sq_probs: Pieces | None, ref_logps: torch.Tensor) -> Pieces:
+        indices = [int(responses.chosen[pair]), int(responses.rejected[pair])]
+        inputs = pad_batch(responses, indices, pad_token_id=0)
+        mask = inputs["completion_mask"][:, 1:].bool()
+
+        def spread(pieces: Pieces) -> torch.Tensor:
+            return torch.zeros(mask.shape, dtype=dtype).masked_scatter(mask, torch.cat(pieces).to(dtype))
+
+        leaf = spread(log_probs).requires_grad_()
+        model = _FixedLogProbs(leaf, spread(log_sum_sq_probs or log_probs))
+        inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = ref_logps.to(dtype).split(1)
+        with torch.enable_grad():
+            loss = trainer._compute_loss(model, inputs, return_outputs=False)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return list(gradient[mask].split([len(piece) for piece in log_probs]))
+
+    try:
+        for name, value in replaced.items():
+            setattr(trainer, name, value)
+        yield derivatives
+    finally:
+        for name, value in saved.items():
+            setattr(trainer, name, value)
+
+
 def pair_coefficients(
-    trainer: DPOTrainer, responses: PairResponses, logps: torch.Tensor, ref_logps: torch.Tensor
+    trainer: DPOTrainer,
+    responses: PairResponses,
+    logps: torch.Tensor,
+    ref_logps: torch.Tensor,
+    alignments: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Derivatives of the loss of each pair, as a batch of its own, with respect to the two log-probabilities.
-
-    They are taken by autograd through the very loss of the trainer, so that every loss type, weighting and divergence
-    that TRL knows is covered and none is written twice. Auxiliary losses of Mixture-of-Experts models are left out.
+    Derivatives of the loss of each pair with respect to the log-probabilities of its two responses, see
+    [`loss_of_one_pair`]. The processes share the pairs. Not for `ld_alpha`, where they differ between the tokens.
 
     Args:
         trainer ([`~trl.DPOTrainer`]):
@@ -122,33 +203,29 @@ def pair_coefficients(
             The distinct responses.
         logps (`torch.Tensor` of shape `(n_responses,)`):
             Log-probabilities under the policy.
-        ref_logps (`torch.Tensor` of shape `(n_responses,)`):
+        ref_logps (`torch.Tensor` of shape `(n_pairs, 2)`):
             Log-probabilities under the reference.
+        alignments (`torch.Tensor` of shape `(n_responses,)`, *optional*):
+            Mean over the completion tokens of `log p - log(sum p^2)`, which `use_weighting` needs.
 
     Returns:
         `torch.Tensor` of shape `(n_pairs, 2)`: Derivatives with respect to the log-probability of the chosen and of the
-        rejected response, on the CPU.
+        rejected response, float64, on the CPU.
     """
-    device = trainer.accelerator.device
-    coefficients = torch.zeros(len(responses.chosen), 2)
-    # The loss records metrics as it goes. They belong to training steps, so they are put aside.
-    saved = trainer._metrics, trainer._total_train_tokens, trainer.precompute_ref_logps, trainer.aux_loss_enabled
-    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-    trainer.precompute_ref_logps, trainer.aux_loss_enabled = True, False
-    try:
-        pairs = list(zip(responses.chosen.tolist(), responses.rejected.tolist(), strict=True))
-        hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
-        for row, pair in enumerate(tqdm(pairs, desc="Computing loss derivatives", disable=hidden)):
-            inputs = {key: value.to(device) for key, value in pad_batch(responses, list(pair), pad_token_id=0).items()}
-            mask = inputs["completion_mask"][:, 1:]
-            share = logps[list(pair)].to(device) / mask.sum(dim=1).clamp(min=1)
-            log_probs = (share[:, None] * mask).requires_grad_()
-            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = ref_logps[list(pair)].to(device).split(1)
-            with torch.enable_grad():
-                loss = trainer._compute_loss(_FixedLogProbs(log_probs), inputs, return_outputs=False)
-            (gradient,) = torch.autograd.grad(loss, log_probs)
-            # The derivative is the same at every token of a completion.
-            coefficients[row] = ((gradient * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).cpu()
-    finally:
-        trainer._metrics, trainer._total_train_tokens, trainer.precompute_ref_logps, trainer.aux_loss_enabled = saved
-    return coefficients
+    accelerator = trainer.accelerator
+    pairs = np.stack([responses.chosen, responses.rejected], axis=1).tolist()
+    coefficients = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    own = range(accelerator.process_index, len(pairs), accelerator.num_processes)
+    hidden = trainer.args.disable_tqdm or not accelerator.is_main_process
+    with loss_of_one_pair(trainer, responses) as derivatives:
+        for pair in tqdm(own, desc="Computing loss derivatives", disable=hidden):
+            pieces, sums = [], []
+            for index in pairs[pair]:
+                length = len(responses.input_ids[index]) - max(responses.starts[index], 1)
+                # The loss sees the sums over the completion only, so they are shared out over its tokens.
+                pieces.append((logps[index] / max(length, 1)).expand(length))
+                if alignments is not None:
+                    sums.append(pieces[-1] - alignments[index])
+            gradients = derivatives(pair, pieces, sums or None, ref_logps[pair])
+            coefficients[pair] = torch.stack([gradient.sum() / max(len(gradient), 1) for gradient in gradients])
+    return accelerator.reduce(coefficients.to(accelerator.device)).cpu()

@@ -51,6 +51,7 @@ class SparseProjection:
             raise ValueError(f"The dimension of the projection must be at least 1, got {dim}.")
         self.dim = dim
         self.seed = seed
+        self.max_numel = _MAX_EXACT_NUMEL
         self._buckets: dict[tuple[str, int, int], torch.Tensor] = {}
 
     def _get_buckets(self, name: str, numel: int, dim: int, device: torch.device) -> torch.Tensor:
@@ -69,7 +70,9 @@ class SparseProjection:
         sketch = flat.new_zeros(len(flat), 2 * dim).index_add_(1, buckets, flat)
         return (sketch[:, :dim] - sketch[:, dim:]).view(*tensor.shape[:-1], dim)
 
-    def weight_gradient(self, name: str, inputs: torch.Tensor, grad_outputs: torch.Tensor) -> torch.Tensor:
+    def weight_gradient(
+        self, name: str, inputs: torch.Tensor, grad_outputs: torch.Tensor, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         Sketch of the per-sample gradients of a linear layer's weight.
 
@@ -80,12 +83,26 @@ class SparseProjection:
                 Inputs of the layer.
             grad_outputs (`torch.Tensor` of shape `(n, tokens, out_features)`):
                 Gradients with respect to its outputs.
+            scale (`torch.Tensor` of shape `(out_features, in_features)`, *optional*):
+                Factor of each entry of the gradient. With it, the gradient of a weight of more than 2^20 entries is
+                formed one sample at a time before it is sketched.
 
         Returns:
             `torch.Tensor` of shape `(n, dim)`: Sketch of `grad_outputs^T inputs`, summed over the tokens.
         """
-        if grad_outputs.shape[-1] * inputs.shape[-1] > _MAX_EXACT_NUMEL:
-            grad_outputs = self._sketch_last_dim(f"{name}/out", grad_outputs, min(_SIDE, grad_outputs.shape[-1]))
-            inputs = self._sketch_last_dim(f"{name}/in", inputs, min(_SIDE, inputs.shape[-1]))
-        gradients = torch.bmm(grad_outputs.transpose(1, 2), inputs)
+        if grad_outputs.shape[-1] * inputs.shape[-1] <= _MAX_EXACT_NUMEL:
+            gradients = torch.bmm(grad_outputs.transpose(1, 2), inputs)
+            if scale is not None:
+                gradients *= scale
+            return self._sketch_last_dim(name, gradients.flatten(1), self.dim)
+        sides = min(_SIDE, grad_outputs.shape[-1]), min(_SIDE, inputs.shape[-1])
+        if scale is None:
+            grad_outputs = self._sketch_last_dim(f"{name}/out", grad_outputs, sides[0])
+            inputs = self._sketch_last_dim(f"{name}/in", inputs, sides[1])
+            gradients = torch.bmm(grad_outputs.transpose(1, 2), inputs)
+        else:
+            gradients = grad_outputs.new_empty(len(inputs), *sides)
+            for row, (x, dy) in enumerate(zip(inputs, grad_outputs, strict=True)):
+                scaled = self._sketch_last_dim(f"{name}/in", (dy.T @ x) * scale, sides[1])
+                gradients[row] = self._sketch_last_dim(f"{name}/out", scaled.T, sides[0]).T
         return self._sketch_last_dim(name, gradients.flatten(1), self.dim)

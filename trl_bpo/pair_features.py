@@ -1,0 +1,405 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The feature of each pair of a trainer's pool: which passes it takes, where they are kept, and what is made of them.
+
+| `depth_feature` | feature of a pair |
+| --- | --- |
+| `"pair"` | gradient of its loss, `c+ g(y+) + c- g(y-)`: the literal reading of the paper |
+| `"sum"` | `g(y+) + g(y-)` |
+| `"chosen"` | `g(y+)` |
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType, broadcast, broadcast_object_list, gather_object
+from trl import DPOTrainer
+
+from .feature_store import FeatureStore, rows_hash, tensors_hash
+from .gradients import Pieces, can_pack, gradient_pass, pair_batches, target_modules
+from .pair_loss import loss_of_one_pair, needs_reference, pair_coefficients, reference_log_probs
+from .projection import SparseProjection
+from .responses import PairResponses, deal, length_batches, one_a_row, packed_length
+
+
+logger = get_logger(__name__)
+
+# Rows that are put together, or sent between processes, at a time.
+_CHUNK = 1024
+
+
+def runs_in_lockstep(trainer: DPOTrainer) -> bool:
+    """
+    Whether the weights of a trainer's model are sharded, so that each forward pass takes all processes.
+
+    Args:
+        trainer ([`~trl.DPOTrainer`]):
+            The trainer.
+
+    Returns:
+        `bool`: Whether they are.
+    """
+    if trainer.accelerator.distributed_type == DistributedType.FSDP:
+        return True
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    return plugin is not None and plugin.zero_stage == 3
+
+
+def second_moment_scales(trainer: DPOTrainer, layers: list[int] | None) -> dict[str, torch.Tensor] | None:
+    """
+    What Adam divides each entry of a gradient by, inverted: `1 / (sqrt(v / (1 - beta2^t)) + eps)`, with the second
+    moment `v` as it is. Frozen like that it is linear in the gradient, unlike the update of LESS (arXiv 2402.04333),
+    which lets the gradient into its own `v`.
+
+    Args:
+        trainer ([`~trl.DPOTrainer`]):
+            The trainer.
+        layers (`list[int]`, *optional*):
+            As in [`~trl_bpo.gradients.target_modules`].
+
+    Returns:
+        `dict[str, torch.Tensor]`, *optional*: The factors by module name, or `None` before the first optimizer step.
+
+    Raises:
+        `ValueError`: If the optimizer keeps no second moment of each weight.
+    """
+    optimizer: Any = trainer.optimizer
+    if optimizer is None or not optimizer.state:
+        logger.warning(
+            "Before the first optimizer step there is no second moment: the gradients are taken as they are."
+        )
+        return None
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    scales = {}
+    for name, module in target_modules(trainer.accelerator.unwrap_model(trainer.model), layers).items():
+        state, group = optimizer.state.get(module.weight, {}), groups.get(id(module.weight), {})
+        if "exp_avg_sq" not in state or "betas" not in group:
+            raise ValueError(
+                f"`precondition_gradients` needs the second moment that Adam keeps, and {type(optimizer).__name__} keeps "
+                f"none for `{name}`. Set `optim='adamw_torch'`, or unset `precondition_gradients`."
+            )
+        correction = 1 - group["betas"][1] ** float(state["step"])
+        scales[name] = 1 / ((state["exp_avg_sq"] / correction).sqrt() + group["eps"])
+    return scales
+
+
+def _packing_pays(trainer: DPOTrainer, responses: PairResponses, both: bool) -> bool:
+    # Multiplications of a forward pass: one a weight and token, and those of attention, which is square in the length.
+    # A mask of its own makes attention compute the half that a causal one leaves out. `both`: the alternative is not one
+    # row a response but two rows a pair.
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    config = model.config.get_text_config()
+    embeddings = model.get_input_embeddings().weight.numel()
+    weights = sum(parameter.numel() for parameter in model.parameters()) - embeddings
+    attention = config.num_hidden_layers * config.hidden_size
+    pairs = list(zip(responses.chosen.tolist(), responses.rejected.tolist(), strict=True))
+    rows = [index for pair in pairs for index in pair] if both else range(len(responses.input_ids))
+    alone = sum(n * weights + n * n * attention for n in (len(responses.input_ids[index]) for index in rows))
+    lengths = (packed_length(responses, pair) for pair in range(len(pairs)))
+    return sum(n * weights + 2 * n * n * attention for n in lengths) < alone
+
+
+class PairFeatures:
+    """
+    Computes the features of a trainer's pairs, on disk and in shares of all processes.
+
+    A response is identified by its truncated tokens and where the completion starts. The features take one backward
+    pass a distinct response; or, where a cost estimate says that it is less and the model allows it, one a pair with
+    both responses behind one copy of the prompt. `ld_alpha` makes the gradient of a response depend on its partner, so
+    with it and `depth_feature="pair"` both responses of every pair are differentiated anew: for a prompt with k
+    responses and all pairs, `k (k - 1)` responses instead of `k`.
+
+    Args:
+        trainer ([`BPOTrainer`]):
+            The trainer. Its options decide.
+        responses ([`PairResponses`]):
+            The distinct responses of its pool.
+    """
+
+    def __init__(self, trainer: Any, responses: PairResponses) -> None:
+        self.trainer = trainer
+        self.responses = responses
+        self._pairs = np.stack([responses.chosen, responses.rejected], axis=1)
+        self._rows_hash: dict[str, str] = {}
+        self._ref_logps: torch.Tensor | None = None
+
+    def compute(self, projection: SparseProjection, folder: Path) -> np.ndarray | None:
+        """
+        Compute the features under the current policy, or what is missing of them.
+
+        All processes must call this.
+
+        Args:
+            projection ([`SparseProjection`]):
+                Projection of the gradients.
+            folder (`Path`):
+                Folder of the [`FeatureStore`].
+
+        Returns:
+            `np.ndarray` of shape `(n_pairs, dim)`, *optional*: Feature of each pair, not normalised, on the main
+            process; `None` on the others. A pair whose feature is zero has no gradient.
+
+        Raises:
+            `ValueError`: If the folder holds features that were made otherwise.
+            `OSError`: If the disk is full.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        scales = second_moment_scales(trainer, args.gradient_layers) if args.precondition_gradients else None
+        options = {"layers": args.gradient_layers, "scales": scales, "lockstep": runs_in_lockstep(trainer)}
+        by_pair = self._choose_path()
+        store = self._open(projection, folder, by_pair, scales)
+        try:
+            with trainer.accelerator.autocast():
+                if by_pair == "responses":
+                    self._response_pass(store, projection, options)
+                else:
+                    self._pair_pass(store, projection, by_pair == "packed pairs", options)
+            scalars = self._collect(store)
+            coefficients = self._coefficients(scalars) if by_pair == "responses" else None
+            if not trainer.accelerator.is_main_process:
+                return None
+            return self._assemble(store, coefficients)
+        finally:
+            store.close()
+
+    def _choose_path(self) -> str:
+        trainer, args = self.trainer, self.trainer.args
+        coupled = args.depth_feature == "pair" and trainer.ld_alpha is not None
+        path = ["pairs" if coupled else "responses"]
+        if args.depth_feature != "chosen" and _packing_pays(trainer, self.responses, coupled):
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            with trainer.accelerator.autocast():
+                if can_pack(model, self.responses, trainer._tokenizer.pad_token_id):
+                    path = ["packed pairs"]
+        # The comparison in floats might not come out alike everywhere.
+        broadcast_object_list(path, from_process=0)
+        logger.info(f"Gradient features are computed from {path[0]}.")
+        return path[0]
+
+    def _open(
+        self, projection: SparseProjection, folder: Path, path: str, scales: dict[str, torch.Tensor] | None
+    ) -> FeatureStore:
+        trainer, args, ids, starts = self.trainer, self.trainer.args, self.responses.input_ids, self.responses.starts
+        if path not in self._rows_hash:
+            rows = [(index,) for index in range(len(ids))] if path == "responses" else self._pairs
+            contents = ([n for index in row for n in (len(ids[index]), starts[index], *ids[index])] for row in rows)
+            self._rows_hash[path] = rows_hash(contents)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model_hashes = [tensors_hash(model.named_parameters())]
+        header: dict[str, Any] = {
+            # Sharded weights have a hash on each process.
+            "model": "-".join(sorted(set(gather_object(model_hashes)))),
+            "rows": self._rows_hash[path],
+            "features": path,
+            "seed": args.seed,
+            "gradient_batch_tokens": args.gradient_batch_tokens,
+            "gradient_layers": args.gradient_layers,
+            "second_moment": None if scales is None else tensors_hash(scales.items()),
+        }
+        scalars: tuple[str, ...] = ()
+        if path == "responses":
+            scalars = ("logp", "alignment")
+            header["responses"] = "chosen" if args.depth_feature == "chosen" else "all"
+        else:
+            names = ["depth_feature", "normalize_gradients", "loss_type", "loss_weights", "beta", "label_smoothing"]
+            names += ["f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting", "discopop_tau"]
+            header |= {name: getattr(args, name) for name in names}
+        dtype = "float64" if model.dtype == torch.float64 else args.gradient_dtype
+        n_rows, part = len(ids) if path == "responses" else len(self._pairs), trainer.accelerator.process_index
+        return FeatureStore(folder, header, n_rows, projection.dim, scalars=scalars, dtype=dtype, part=part)
+
+    def _deal(self, store: FeatureStore, batches: list[list[int]], lockstep: bool) -> tuple[list[list[int]], int]:
+        # Batches are cut as if nothing were done, so that a resumed run adds up the same floats.
+        accelerator = self.trainer.accelerator
+        done = torch.as_tensor(store.done, dtype=torch.uint8, device=accelerator.device)
+        done = accelerator.gather(done[None]).amax(dim=0).bool().cpu().numpy()
+        missing = [[row for row in batch if not done[row]] for batch in batches]
+        waiting = [batch for batch in missing if batch]
+        return deal(waiting, accelerator.process_index, accelerator.num_processes, lockstep)
+
+    def _run(
+        self,
+        store: FeatureStore,
+        projection: SparseProjection,
+        batches: list[list[int]],
+        collate: Callable,
+        options: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        trainer = self.trainer
+        own, n_own = self._deal(store, batches, options["lockstep"])
+        hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        gradient_pass(model, own, collate, projection, n_own=n_own, disable_tqdm=hidden, **options, **kwargs)
+
+    def _response_pass(self, store: FeatureStore, projection: SparseProjection, options: dict[str, Any]) -> None:
+        responses, args = self.responses, self.trainer.args
+        pad_token_id = self.trainer._tokenizer.pad_token_id
+        batches = length_batches(responses.input_ids, args.gradient_batch_tokens)
+        if args.depth_feature == "chosen":
+            needed = set(responses.chosen.tolist())
+            batches = [kept for batch in batches if (kept := [row for row in batch if row in needed])]
+
+        def write(rows: list[int], features: torch.Tensor, pieces: Pieces, sums: Pieces | None) -> None:
+            logp = [piece.double().sum().item() for piece in pieces]
+            alignment = [0.0] * len(rows)
+            if sums is not None:
+                alignment = [
+                    ((piece.double() - other.double()).sum() / max(len(piece), 1)).item()
+                    for piece, other in zip(pieces, sums, strict=True)
+                ]
+            store.write(rows, features.numpy(), logp=np.asarray(logp), alignment=np.asarray(alignment))
+
+        self._run(
+            store,
+            projection,
+            batches,
+            lambda rows: one_a_row(responses, rows, pad_token_id),
+            options,
+            write=write,
+            tokens=[len(ids) for ids in responses.input_ids],
+        )
+
+    def _pair_pass(
+        self, store: FeatureStore, projection: SparseProjection, packed: bool, options: dict[str, Any]
+    ) -> None:
+        trainer, args, responses = self.trainer, self.trainer.args, self.responses
+        cancels = not needs_reference(trainer, args.normalize_gradients)
+        through_loss = args.depth_feature == "pair" and not (cancels and trainer.ld_alpha is None)
+        ref_logps = self._reference() if through_loss and not cancels else None
+        batches, collate, tokens = pair_batches(
+            responses, args.gradient_batch_tokens, trainer._tokenizer.pad_token_id, packed
+        )
+
+        def weigh(rows: list[int], pieces: Pieces, sums: Pieces | None) -> Pieces:
+            if not through_loss:
+                sign = -1.0 if args.depth_feature == "pair" else 1.0
+                return [torch.full_like(piece, 1.0 if i % 2 else sign) for i, piece in enumerate(pieces)]
+            weights = []
+            with loss_of_one_pair(trainer, responses) as derivatives:
+                for i, pair in enumerate(rows):
+                    two = slice(2 * i, 2 * i + 2)
+                    log_probs = [piece.double() for piece in pieces[two]]
+                    # Where the reference cancels, any other will do. With the policy itself no derivative vanishes.
+                    reference = self._cut_sums(log_probs) if ref_logps is None else ref_logps[pair]
+                    weights += derivatives(pair, log_probs, None if sums is None else sums[two], reference)
+            return weights
+
+        def write(rows: list[int], features: torch.Tensor, *_: Any) -> None:
+            store.write(rows, features.numpy())
+
+        self._run(store, projection, batches, collate, options, write=write, tokens=tokens, weigh=weigh)
+
+    def _cut_sums(self, log_probs: Pieces) -> torch.Tensor:
+        cut, alpha = min(map(len, log_probs)), self.trainer.ld_alpha
+        return torch.stack([piece[:cut].sum() + alpha * piece[cut:].sum() for piece in log_probs])
+
+    def _reference(self) -> torch.Tensor:
+        # Once for all selections, unless the reference follows the policy.
+        trainer, args = self.trainer, self.trainer.args
+        if self._ref_logps is None or args.sync_ref_model:
+            self._ref_logps = reference_log_probs(
+                trainer,
+                self.responses,
+                pad_token_id=trainer._tokenizer.pad_token_id,
+                batch_tokens=args.gradient_batch_tokens,
+                lockstep=runs_in_lockstep(trainer),
+            )
+        return self._ref_logps
+
+    def _collect(self, store: FeatureStore) -> dict[str, torch.Tensor]:
+        # Brings what other processes have to the main one: through the folder where they share it, else by the network.
+        # Returns the numbers that came with the features, on all processes.
+        accelerator = self.trainer.accelerator
+        store.flush()
+        if accelerator.num_processes > 1:
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                store.read_other_parts()
+            device = accelerator.device
+            has = torch.as_tensor(store.done, dtype=torch.uint8, device=device)
+            has = accelerator.gather(has[None]).cpu().numpy()
+            missing = np.flatnonzero(has.any(axis=0) & ~has[0].astype(bool))
+            owner = has[:, missing].argmax(axis=0)
+            for start in range(0, len(missing), _CHUNK):
+                rows = missing[start : start + _CHUNK]
+                own = owner[start : start + _CHUNK] == accelerator.process_index
+                features = np.zeros((len(rows), store.dim), dtype=store.read([]).dtype)
+                features[own] = store.read(rows[own])
+                numbers = np.zeros((len(store.scalars), len(rows)))
+                for number, name in zip(numbers, store.scalars, strict=True):
+                    number[own] = store.scalar(name)[rows[own]]
+                sent = [
+                    accelerator.reduce(torch.as_tensor(x, device=device)).cpu().numpy() for x in (features, numbers)
+                ]
+                if accelerator.is_main_process:
+                    store.write(rows.tolist(), sent[0], **dict(zip(store.scalars, sent[1], strict=True)))
+            store.flush()
+        scalars = {
+            name: torch.as_tensor(store.scalar(name).copy(), device=accelerator.device) for name in store.scalars
+        }
+        return {name: broadcast(value, from_process=0).cpu() for name, value in scalars.items()}
+
+    def _coefficients(self, scalars: dict[str, torch.Tensor]) -> torch.Tensor:
+        trainer, args = self.trainer, self.trainer.args
+        if args.depth_feature != "pair":
+            return torch.tensor([1.0, 1.0 if args.depth_feature == "sum" else 0.0]).expand(len(self._pairs), 2)
+        if not needs_reference(trainer, args.normalize_gradients):
+            return torch.tensor([-1.0, 1.0]).expand(len(self._pairs), 2)
+        alignments = scalars["alignment"] if trainer.use_weighting else None
+        return pair_coefficients(trainer, self.responses, scalars["logp"], self._reference(), alignments)
+
+    def _assemble(self, store: FeatureStore, coefficients: torch.Tensor | None) -> np.ndarray:
+        features = np.empty((len(self._pairs), store.dim), dtype=store.read([]).dtype)
+        for start in range(0, len(features), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            if coefficients is None:
+                features[part] = store.read(range(len(features))[part])
+                continue
+            c = coefficients[part].numpy().astype(features.dtype)
+            features[part] = c[:, :1] * store.read(self._pairs[part, 0])
+            if self.trainer.args.depth_feature != "chosen":
+                features[part] += c[:, 1:] * store.read(self._pairs[part, 1])
+        if self.trainer.args.depth_feature == "pair" and coefficients is None:
+            # What cancels to the last bit between responses does so only nearly within a row.
+            features[self._pairs[:, 0] == self._pairs[:, 1]] = 0.0
+        return features
+
+
+def remove_stores(folder: Path, accelerator: Any, keep: Path | None = None) -> None:
+    """
+    Delete the stores of earlier selections once they are not needed. All processes must call this.
+
+    Args:
+        folder (`Path`):
+            Folder that holds them.
+        accelerator ([`~accelerate.Accelerator`]):
+            The accelerator.
+        keep (`Path`, *optional*):
+            The one to keep.
+    """
+    accelerator.wait_for_everyone()
+    if accelerator.is_local_main_process:
+        for path in folder.glob("*"):
+            if path != keep:
+                shutil.rmtree(path, ignore_errors=True)
+        if keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
