@@ -499,7 +499,8 @@ class BPOTrainer(DPOTrainer):
             [`CuratedCardData`]: The data of the card.
         """
         kept = list(map(str, self.curated_dataset["prompt_id"]))
-        options = ("depth_fraction", "depth_clusters", "depth_scope", "min_pairs_per_prompt", "normalize_gradients")
+        options = ["depth_fraction", "depth_clusters", "depth_scope", "min_pairs_per_prompt", "depth_feature"]
+        options += ["normalize_gradients", "gradient_layers", "precondition_gradients"]
         model_name = get_config_model_id(self.model.config)
         fields = dict(self.curated_card_fields)
         # Pairs that were built from saved scores say who gave them.

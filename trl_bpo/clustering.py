@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 
 
 SCOPES = ("per_cluster", "overall")
+_ROWS_AT_A_TIME = 4096
 
 
 @dataclass(frozen=True)
@@ -100,21 +101,30 @@ def default_n_clusters(n: int) -> int:
 
 
 def _fit(features: np.ndarray, n_clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+    # Works on `features` in place, and leaves them as they were up to rounding.
     # With several threads the partial sums of the centres are added in the order in which the threads finish, so that
     # two runs may differ in the last bits and, at a tie, in what they keep. One thread gives one answer everywhere.
     with threadpool_limits(limits=1):
-        kmeans = KMeans(n_clusters=n_clusters, n_init=1, random_state=seed).fit(features)
-    residuals = features - kmeans.cluster_centers_[kmeans.labels_]
+        kmeans = KMeans(n_clusters=n_clusters, n_init=1, random_state=seed, copy_x=False).fit(features)
+    mean = features.mean(axis=0, dtype=np.float64)
+    squares, total = np.empty(len(features)), 0.0
+    # A part at a time, since a difference of all rows would be one more copy of them.
+    for start in range(0, len(features), _ROWS_AT_A_TIME):
+        part = slice(start, start + _ROWS_AT_A_TIME)
+        residuals = features[part].astype(np.float64) - kmeans.cluster_centers_[kmeans.labels_[part]]
+        squares[part] = (residuals**2).sum(axis=1)
+        total += float(((features[part] - mean) ** 2).sum())
     # The mean of equal rows is rounded, so that their total is not exactly zero.
-    distinct = bool((features != features[0]).any())
-    total = float(((features - features.mean(axis=0)) ** 2).sum())
-    variance_explained = 1.0 - float((residuals**2).sum()) / total if distinct else 0.0
-    return kmeans.labels_.astype(np.int64), np.sqrt((residuals**2).sum(axis=1)), variance_explained
+    distinct = any((row != features[0]).any() for row in features)
+    variance_explained = 1.0 - float(squares.sum()) / total if distinct else 0.0
+    return kmeans.labels_.astype(np.int64), np.sqrt(squares), variance_explained
 
 
 def _sorted_by_id(features: np.ndarray, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(np.asarray(ids), kind="stable")
-    return order, np.asarray(features, dtype=np.float64)[order]
+    features = np.asarray(features)
+    # A copy in any case. float32 stays, at half of the memory.
+    return order, features[order].astype(np.promote_types(features.dtype, np.float32), copy=False)
 
 
 def cluster(features: np.ndarray, ids: Sequence[str], n_clusters: int | None = None, seed: int = 42) -> Clustering:
@@ -122,6 +132,7 @@ def cluster(features: np.ndarray, ids: Sequence[str], n_clusters: int | None = N
     Cluster rows by K-means (k-means++ start, Lloyd's algorithm) and rank each within its own cluster.
 
     The rows are clustered in the order of their ids, so the result does not depend on the order in which they come.
+    Memory: one copy of the features, in float32 or float64 as they are.
 
     Args:
         features (`np.ndarray` of shape `(n, d)`):
@@ -239,7 +250,7 @@ def gaussian_variance_explained(
     Returns:
         `float`: Variance explained of the sample.
     """
-    _, features = _sorted_by_id(features, ids)
+    _, features = _sorted_by_id(np.asarray(features, dtype=np.float64), ids)
     n = len(features)
     mean = features.mean(axis=0)
     # W (X - mean) / sqrt(n) with W standard normal has the covariance of X without ever forming the d x d matrix.

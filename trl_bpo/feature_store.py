@@ -91,9 +91,10 @@ class StoreMismatchError(ValueError):
             Names of what differs.
     """
 
-    def __init__(self, message: str, differing: list[str]) -> None:
+    # Sent between processes, an exception is made anew from its message before its attributes are set.
+    def __init__(self, message: str, differing: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.differing = differing
+        self.differing = list(differing)
 
 
 class FeatureStore:
@@ -157,7 +158,20 @@ class FeatureStore:
         path = self._own.with_suffix(".json")
         if path.is_file():
             self._check(path)
-        else:
+            records = self._load(self._own)
+            self._n_written = len(records)
+            self._take(0, records)
+        # Where the folder is shared, these rows take no more room, and a run of fewer processes goes on from them.
+        self.read_other_parts()
+        needed = int((~self.done).sum()) * (self._row_bytes + self._record.itemsize)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"The gradient features need {needed / 1e9:.2f} GB more in {self.folder}, where {free / 1e9:.2f} GB are "
+                "free. Free space, lower `projection_dim`, or set `gradient_dtype='float16'`.",
+            )
+        if not path.is_file():
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
             temporary.write_text(json.dumps(self._header, indent=2) + "\n")
             os.replace(temporary, path)
@@ -165,21 +179,7 @@ class FeatureStore:
             os.open(self._own.with_suffix(suffix), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             for suffix in (".features", ".rows")
         ]
-        records = self._load(self._own)
-        self._n_written = len(records)
-        # What a killed run wrote last may be incomplete.
-        for file, size in zip(self._files, (self._row_bytes, self._record.itemsize), strict=True):
-            os.ftruncate(file, size * self._n_written)
-        self._take(0, records)
-        needed = int((~self.done).sum()) * (self._row_bytes + self._record.itemsize)
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            self.close()
-            raise OSError(
-                errno.ENOSPC,
-                f"The gradient features need {needed / 1e9:.2f} GB more in {self.folder}, where {free / 1e9:.2f} GB are "
-                "free. Free space, lower `projection_dim`, or set `gradient_dtype='float16'`.",
-            )
+        self._drop_incomplete()
 
     @property
     def _row_bytes(self) -> int:
@@ -202,6 +202,8 @@ class FeatureStore:
             )
 
     def _load(self, part: Path) -> np.ndarray:
+        if not part.with_suffix(".rows").is_file():
+            return np.zeros(0, dtype=self._record)
         records = np.fromfile(part.with_suffix(".rows"), dtype=self._record)
         if self.dim > 0:
             records = records[: os.path.getsize(part.with_suffix(".features")) // self._row_bytes]
@@ -217,7 +219,7 @@ class FeatureStore:
         """Take up the rows that other processes have written to the same folder and this one has not."""
         for header in sorted(self.folder.glob("part-*.json")):
             part = header.with_suffix("")
-            if part == self._own or not part.with_suffix(".rows").is_file():
+            if part == self._own:
                 continue
             self._check(header)
             if part not in self._parts:
@@ -237,7 +239,7 @@ class FeatureStore:
                 Their further numbers, by name.
 
         Raises:
-            `OSError`: If they cannot be written, as on a full disk. What was there before stays.
+            `OSError`: If they cannot be written, as on a full disk. What was done before stays.
         """
         features = np.asarray(features)
         records = np.zeros(len(rows), dtype=self._record)
@@ -251,23 +253,41 @@ class FeatureStore:
             records[name] = scalars[name]
         try:
             _write_all(self._files[0], features.astype(self._dtype).tobytes())
-            self._pending.append(records)
-            if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-                self.flush()
         except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{error.strerror}: the gradient features cannot be written to {self.folder}, which holds "
-                f"{self._n_written} of {self.n_rows} rows. Make room there and start again: it goes on from there.",
-            ) from error
+            raise self._failed(error) from error
+        self._pending.append(records)
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def _drop_incomplete(self) -> None:
+        # What a killed run or a full disk left behind the last row that is done would shift all that is appended.
+        for file, size in zip(self._files, (self._row_bytes, self._record.itemsize), strict=True):
+            os.ftruncate(file, size * self._n_written)
+
+    def _failed(self, error: OSError) -> OSError:
+        self._pending.clear()
+        self._drop_incomplete()
+        return OSError(
+            error.errno,
+            f"{error.strerror}: the gradient features cannot be written to {self.folder}, which holds "
+            f"{int(self.done.sum())} of {self.n_rows} rows. Make room there and start again: it goes on from there.",
+        )
 
     def flush(self) -> None:
-        """Force what was written to the disk, and count it as done."""
+        """
+        Force what was written to the disk, and count it as done.
+
+        Raises:
+            `OSError`: If that fails, as on a full disk. What was done before stays.
+        """
         if self._pending:
-            os.fdatasync(self._files[0])
             records = np.concatenate(self._pending)
-            _write_all(self._files[1], records.tobytes())
-            os.fdatasync(self._files[1])
+            try:
+                os.fdatasync(self._files[0])
+                _write_all(self._files[1], records.tobytes())
+                os.fdatasync(self._files[1])
+            except OSError as error:
+                raise self._failed(error) from error
             self._pending.clear()
             rows = records["row"]
             self._part_of[rows] = 0

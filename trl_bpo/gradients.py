@@ -133,22 +133,26 @@ def target_modules(model: PreTrainedModel | PeftModel, layers: Sequence[int] | N
 
 
 @contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    # No dropout, and no gradient checkpointing, which would run the forward hooks a second time. Modules that were in
+    # training mode are put back into it, and no others.
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def _capture(
     model: PreTrainedModel | PeftModel,
     modules: dict[str, nn.Linear],
     consume: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> Iterator[torch.Tensor]:
-    # Everything that is changed here (hooks, training mode) is put back, also after an exception.
-    training = [module for module in model.modules() if module.training]
     with ExitStack() as stack:
-
-        def restore_training_mode() -> None:
-            for module in training:
-                module.training = True
-
-        stack.callback(restore_training_mode)
-        # No dropout, and no gradient checkpointing, which would run the forward hooks a second time.
-        model.eval()
+        stack.enter_context(_evaluation_mode(model))
         anchor = torch.zeros((), device=model.device, requires_grad=True)
         for name, module in modules.items():
 
@@ -196,7 +200,7 @@ def can_pack(model: PreTrainedModel | PeftModel, responses: PairResponses, pad_t
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The policy, with the fused LM head of TRL.
         responses ([`PairResponses`]):
-            The distinct responses; the shortest pair is the one compared.
+            The distinct responses; the pair of median length is the one compared.
         pad_token_id (`int`):
             Id to pad with.
 
@@ -208,20 +212,24 @@ def can_pack(model: PreTrainedModel | PeftModel, responses: PairResponses, pad_t
     windowed = getattr(config, "sliding_window", None) is not None and not getattr(config, "layer_types", None)
     if model.config._attn_implementation not in ("sdpa", "eager") or not full or windowed:
         return False
-    pair = min(range(len(responses.chosen)), key=lambda pair: packed_length(responses, pair))
-    device, training = model.device, model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            packed, _ = _run_model(model, one_pair_a_row(responses, [pair], pad_token_id).to(device))
-            plain = [
-                _run_model(model, one_a_row(responses, [int(index)], pad_token_id).to(device))[0]
-                for index in (responses.chosen[pair], responses.rejected[pair])
-            ]
-    finally:
-        model.train(training)
+    telling = [
+        pair
+        for pair, indices in enumerate(zip(responses.chosen.tolist(), responses.rejected.tolist(), strict=True))
+        if all(len(responses.input_ids[index]) > max(responses.starts[index], 1) for index in indices)
+    ]
+    if not telling:
+        return False
+    pair = sorted(telling, key=lambda pair: packed_length(responses, pair))[len(telling) // 2]
+    device = model.device
+    with _evaluation_mode(model), torch.no_grad():
+        packed, _ = _run_model(model, one_pair_a_row(responses, [pair], pad_token_id).to(device))
+        plain = [
+            _run_model(model, one_a_row(responses, [int(index)], pad_token_id).to(device))[0]
+            for index in (responses.chosen[pair], responses.rejected[pair])
+        ]
     # Half precision differs by its rounding; a wrong mask or position by far more.
-    tolerance = 1e-3 if packed.dtype.itemsize >= 4 and model.dtype.itemsize >= 4 else 0.1
+    full_precision = model.dtype.itemsize >= 4 and not torch.is_autocast_enabled(device.type)
+    tolerance = 1e-3 if full_precision else 0.1
     return bool((packed - torch.cat(plain)).abs().mean() < tolerance)
 
 

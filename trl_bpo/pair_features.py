@@ -23,7 +23,7 @@ The feature of each pair of a trainer's pool: which passes it takes, where they 
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from trl import DPOTrainer
 
 from .feature_store import FeatureStore, rows_hash, tensors_hash
 from .gradients import Pieces, can_pack, gradient_pass, pair_batches, target_modules
-from .pair_loss import loss_of_one_pair, needs_reference, pair_coefficients, reference_log_probs
+from .pair_loss import loss_of_one_pair, needs_reference, pair_coefficients, reference_pass
 from .projection import SparseProjection
 from .responses import PairResponses, deal, length_batches, one_a_row, packed_length
 
@@ -82,6 +82,13 @@ def second_moment_scales(trainer: DPOTrainer, layers: list[int] | None) -> dict[
         `ValueError`: If the optimizer keeps no second moment of each weight.
     """
     optimizer: Any = trainer.optimizer
+    unfit = (
+        "`precondition_gradients` needs the second moment that Adam keeps of each weight, and the optimizer of this run "
+        "keeps none. Set `optim='adamw_torch'`, or unset `precondition_gradients`."
+    )
+    # Some have no state at all, and would never be past their first step.
+    if optimizer is not None and not all("betas" in group for group in optimizer.param_groups):
+        raise ValueError(unfit)
     if optimizer is None or not optimizer.state:
         logger.warning(
             "Before the first optimizer step there is no second moment: the gradients are taken as they are."
@@ -91,11 +98,8 @@ def second_moment_scales(trainer: DPOTrainer, layers: list[int] | None) -> dict[
     scales = {}
     for name, module in target_modules(trainer.accelerator.unwrap_model(trainer.model), layers).items():
         state, group = optimizer.state.get(module.weight, {}), groups.get(id(module.weight), {})
-        if "exp_avg_sq" not in state or "betas" not in group:
-            raise ValueError(
-                f"`precondition_gradients` needs the second moment that Adam keeps, and {type(optimizer).__name__} keeps "
-                f"none for `{name}`. Set `optim='adamw_torch'`, or unset `precondition_gradients`."
-            )
+        if "exp_avg_sq" not in state:
+            raise ValueError(unfit)
         correction = 1 - group["betas"][1] ** float(state["step"])
         scales[name] = 1 / ((state["exp_avg_sq"] / correction).sqrt() + group["eps"])
     return scales
@@ -138,8 +142,9 @@ class PairFeatures:
         self.trainer = trainer
         self.responses = responses
         self._pairs = np.stack([responses.chosen, responses.rejected], axis=1)
-        self._rows_hash: dict[str, str] = {}
+        self._rows_hashes: dict[str, str] = {}
         self._ref_logps: torch.Tensor | None = None
+        self._folder = Path()
 
     def compute(self, projection: SparseProjection, folder: Path) -> np.ndarray | None:
         """
@@ -151,7 +156,7 @@ class PairFeatures:
             projection ([`SparseProjection`]):
                 Projection of the gradients.
             folder (`Path`):
-                Folder of the [`FeatureStore`].
+                Folder of the [`FeatureStore`]. That of the reference log-probabilities lies beside it.
 
         Returns:
             `np.ndarray` of shape `(n_pairs, dim)`, *optional*: Feature of each pair, not normalised, on the main
@@ -162,6 +167,7 @@ class PairFeatures:
             `OSError`: If the disk is full.
         """
         trainer, args = self.trainer, self.trainer.args
+        self._folder = folder
         scales = second_moment_scales(trainer, args.gradient_layers) if args.precondition_gradients else None
         options = {"layers": args.gradient_layers, "scales": scales, "lockstep": runs_in_lockstep(trainer)}
         by_pair = self._choose_path()
@@ -176,7 +182,13 @@ class PairFeatures:
             coefficients = self._coefficients(scalars) if by_pair == "responses" else None
             if not trainer.accelerator.is_main_process:
                 return None
-            return self._assemble(store, coefficients)
+            if coefficients is not None:
+                return assemble_pairs(store, self._pairs, coefficients.numpy())
+            features = store.read(range(store.n_rows))
+            if args.depth_feature == "pair":
+                # What cancels to the last bit between responses does so only nearly within a row.
+                features[self._pairs[:, 0] == self._pairs[:, 1]] = 0.0
+            return features
         finally:
             store.close()
 
@@ -197,20 +209,15 @@ class PairFeatures:
     def _open(
         self, projection: SparseProjection, folder: Path, path: str, scales: dict[str, torch.Tensor] | None
     ) -> FeatureStore:
-        trainer, args, ids, starts = self.trainer, self.trainer.args, self.responses.input_ids, self.responses.starts
-        if path not in self._rows_hash:
-            rows = [(index,) for index in range(len(ids))] if path == "responses" else self._pairs
-            contents = ([n for index in row for n in (len(ids[index]), starts[index], *ids[index])] for row in rows)
-            self._rows_hash[path] = rows_hash(contents)
+        trainer, args = self.trainer, self.trainer.args
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model_hashes = [tensors_hash(model.named_parameters())]
         header: dict[str, Any] = {
-            # Sharded weights have a hash on each process.
-            "model": "-".join(sorted(set(gather_object(model_hashes)))),
-            "rows": self._rows_hash[path],
+            "model": self._hash(model.named_parameters()),
+            **self._rows_header(path),
             "features": path,
             "seed": args.seed,
             "gradient_batch_tokens": args.gradient_batch_tokens,
+            "mixed_precision": trainer.accelerator.mixed_precision,
             "gradient_layers": args.gradient_layers,
             "second_moment": None if scales is None else tensors_hash(scales.items()),
         }
@@ -223,16 +230,41 @@ class PairFeatures:
             names += ["f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting", "discopop_tau"]
             header |= {name: getattr(args, name) for name in names}
         dtype = "float64" if model.dtype == torch.float64 else args.gradient_dtype
-        n_rows, part = len(ids) if path == "responses" else len(self._pairs), trainer.accelerator.process_index
-        return FeatureStore(folder, header, n_rows, projection.dim, scalars=scalars, dtype=dtype, part=part)
+        n_rows = len(self.responses.input_ids) if path == "responses" else len(self._pairs)
+        return self._open_store(folder, header, n_rows, projection.dim, scalars=scalars, dtype=dtype)
+
+    def _open_store(self, *args: Any, **kwargs: Any) -> FeatureStore:
+        # What one process cannot open, none does: the others would wait for it forever.
+        accelerator, failure = self.trainer.accelerator, None
+        try:
+            store = FeatureStore(*args, **kwargs, part=accelerator.process_index)
+        except (ValueError, OSError) as error:
+            failure = error
+        failures = [error for error in gather_object([failure]) if error is not None]
+        if failures:
+            if failure is None:
+                store.close()
+            raise failure or failures[0]
+        return store
+
+    def _hash(self, weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+        # Sharded weights have a hash on each process.
+        return "-".join(sorted(set(gather_object([tensors_hash(weights)]))))
+
+    def _rows_header(self, path: str) -> dict[str, str]:
+        if path not in self._rows_hashes:
+            ids, starts = self.responses.input_ids, self.responses.starts
+            rows = [(index,) for index in range(len(ids))] if path == "responses" else self._pairs.tolist()
+            contents = ([n for index in row for n in (len(ids[index]), starts[index], *ids[index])] for row in rows)
+            self._rows_hashes[path] = rows_hash(contents)
+        return {"rows": self._rows_hashes[path]}
 
     def _deal(self, store: FeatureStore, batches: list[list[int]], lockstep: bool) -> tuple[list[list[int]], int]:
-        # Batches are cut as if nothing were done, so that a resumed run adds up the same floats.
+        # A batch that is done in part is computed as a whole, so that a resumed run adds up the same floats.
         accelerator = self.trainer.accelerator
         done = torch.as_tensor(store.done, dtype=torch.uint8, device=accelerator.device)
         done = accelerator.gather(done[None]).amax(dim=0).bool().cpu().numpy()
-        missing = [[row for row in batch if not done[row]] for batch in batches]
-        waiting = [batch for batch in missing if batch]
+        waiting = [batch for batch in batches if not done[batch].all()]
         return deal(waiting, accelerator.process_index, accelerator.num_processes, lockstep)
 
     def _run(
@@ -313,16 +345,40 @@ class PairFeatures:
         return torch.stack([piece[:cut].sum() + alpha * piece[cut:].sum() for piece in log_probs])
 
     def _reference(self) -> torch.Tensor:
-        # Once for all selections, unless the reference follows the policy.
-        trainer, args = self.trainer, self.trainer.args
-        if self._ref_logps is None or args.sync_ref_model:
-            self._ref_logps = reference_log_probs(
-                trainer,
-                self.responses,
-                pad_token_id=trainer._tokenizer.pad_token_id,
-                batch_tokens=args.gradient_batch_tokens,
-                lockstep=runs_in_lockstep(trainer),
-            )
+        # Of the two responses of each pair. Once for all selections, unless the reference follows the policy.
+        trainer, args, pairs = self.trainer, self.trainer.args, torch.as_tensor(self._pairs)
+        if trainer.precompute_ref_logps:
+            # TRL keeps no reference model then, and the policy is no longer the reference once it is trained.
+            columns = [torch.tensor(trainer.train_dataset[f"ref_{side}_logps"][:]) for side in ("chosen", "rejected")]
+            return torch.stack(columns, dim=1).double()
+        if self._ref_logps is not None and not args.sync_ref_model:
+            return self._ref_logps
+        by_pair, pad_token_id = trainer.ld_alpha is not None, trainer._tokenizer.pad_token_id
+        if by_pair:
+            batches, _, _ = pair_batches(self.responses, args.gradient_batch_tokens, pad_token_id, packed=False)
+        else:
+            batches = length_batches(self.responses.input_ids, args.gradient_batch_tokens)
+        model = trainer.ref_model or trainer.accelerator.unwrap_model(trainer.model)
+        # Of the policy, the adapter that is trained is no part of its reference.
+        fixed = ((name, weight) for name, weight in model.named_parameters() if not weight.requires_grad)
+        header = {"model": self._hash(fixed), **self._rows_header("pairs" if by_pair else "responses")}
+        header |= {"ld_alpha": trainer.ld_alpha, "gradient_batch_tokens": args.gradient_batch_tokens}
+        names = ("chosen", "rejected") if by_pair else ("logp",)
+        n_rows = len(self._pairs) if by_pair else len(self.responses.input_ids)
+        folder = (self._folder if args.sync_ref_model else self._folder.parent) / "reference"
+        store = self._open_store(folder, header, n_rows, 0, scalars=names)
+
+        def write(rows: list[int], logps: torch.Tensor) -> None:
+            values = logps.view(len(rows), -1).T.numpy()
+            store.write(rows, np.empty((len(rows), 0)), **dict(zip(names, values, strict=True)))
+
+        try:
+            own, n_own = self._deal(store, batches, runs_in_lockstep(trainer))
+            reference_pass(trainer, self.responses, own, write, pad_token_id=pad_token_id, n_own=n_own)
+            logps = self._collect(store)
+        finally:
+            store.close()
+        self._ref_logps = torch.stack([logps[name] for name in names], dim=1) if by_pair else logps["logp"][pairs]
         return self._ref_logps
 
     def _collect(self, store: FeatureStore) -> dict[str, torch.Tensor]:
@@ -367,26 +423,34 @@ class PairFeatures:
         alignments = scalars["alignment"] if trainer.use_weighting else None
         return pair_coefficients(trainer, self.responses, scalars["logp"], self._reference(), alignments)
 
-    def _assemble(self, store: FeatureStore, coefficients: torch.Tensor | None) -> np.ndarray:
-        features = np.empty((len(self._pairs), store.dim), dtype=store.read([]).dtype)
-        for start in range(0, len(features), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            if coefficients is None:
-                features[part] = store.read(range(len(features))[part])
-                continue
-            c = coefficients[part].numpy().astype(features.dtype)
-            features[part] = c[:, :1] * store.read(self._pairs[part, 0])
-            if self.trainer.args.depth_feature != "chosen":
-                features[part] += c[:, 1:] * store.read(self._pairs[part, 1])
-        if self.trainer.args.depth_feature == "pair" and coefficients is None:
-            # What cancels to the last bit between responses does so only nearly within a row.
-            features[self._pairs[:, 0] == self._pairs[:, 1]] = 0.0
-        return features
+
+def assemble_pairs(store: FeatureStore, pairs: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+    """
+    Features of pairs from those of their responses. Memory: the result, and a part of it.
+
+    Args:
+        store ([`FeatureStore`]):
+            Features of the responses.
+        pairs (`np.ndarray` of shape `(n_pairs, 2)`):
+            Row of each pair's chosen and rejected response.
+        coefficients (`np.ndarray` of shape `(n_pairs, 2)`):
+            Their factors. A response whose factor is 0 in all pairs need not be there.
+
+    Returns:
+        `np.ndarray` of shape `(n_pairs, dim)`: `c+ g(y+) + c- g(y-)`, of the type of the store.
+    """
+    features = np.zeros((len(pairs), store.dim), dtype=store.read([]).dtype)
+    for start in range(0, len(pairs), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        for rows, factors in zip(pairs[part].T, coefficients[part].T.astype(features.dtype), strict=True):
+            if factors.any():
+                features[part] += factors[:, None] * store.read(rows)
+    return features
 
 
 def remove_stores(folder: Path, accelerator: Any, keep: Path | None = None) -> None:
     """
-    Delete the stores of earlier selections once they are not needed. All processes must call this.
+    Delete stores once they are not needed. All processes must call this.
 
     Args:
         folder (`Path`):
@@ -394,12 +458,14 @@ def remove_stores(folder: Path, accelerator: Any, keep: Path | None = None) -> N
         accelerator ([`~accelerate.Accelerator`]):
             The accelerator.
         keep (`Path`, *optional*):
-            The one to keep.
+            The one to keep, with the reference log-probabilities beside it. If `None`, none.
     """
     accelerator.wait_for_everyone()
     if accelerator.is_local_main_process:
         for path in folder.glob("*"):
-            if path != keep:
+            if keep is None or path.name not in (keep.name, "reference"):
                 shutil.rmtree(path, ignore_errors=True)
         if keep is None:
             shutil.rmtree(folder, ignore_errors=True)
+    # Another process might be about to open a new store in the same place.
+    accelerator.wait_for_everyone()

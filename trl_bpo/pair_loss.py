@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from .gradients import Pieces, pair_batches
-from .responses import PairResponses, deal, length_batches, pad_batch
+from .gradients import Pieces
+from .responses import PairResponses, pad_batch
 
 
 PairLoss = Callable[[int, Pieces, Pieces | None, torch.Tensor], Pieces]
@@ -55,58 +55,48 @@ def needs_reference(trainer: DPOTrainer, normalize: bool) -> bool:
     return not (normalize and cancels and trainer.f_divergence_type == "reverse_kl" and trainer.loss_weights[0] > 0)
 
 
-def reference_log_probs(
-    trainer: DPOTrainer, responses: PairResponses, *, pad_token_id: int, batch_tokens: int, lockstep: bool
-) -> torch.Tensor:
+def reference_pass(
+    trainer: DPOTrainer,
+    responses: PairResponses,
+    batches: list[list[int]],
+    write: Callable[[list[int], torch.Tensor], None],
+    *,
+    pad_token_id: int,
+    n_own: int,
+) -> None:
     """
-    Log-probabilities of the responses of each pair under the reference of a trainer; the processes share the batches.
-    Where the trainer has computed them before training, those are taken.
+    Log-probabilities under the reference of a trainer: a model, or the trainer's own without the adapter.
 
     Each response goes through the reference once. With `ld_alpha`, which cuts the longer response of a pair at the
     length of the other, each goes through it once for each of its pairs.
 
     Args:
         trainer ([`~trl.DPOTrainer`]):
-            The trainer, whose reference is a model, or its own without the adapter.
+            The trainer.
         responses ([`PairResponses`]):
             The distinct responses.
+        batches (`list[list[int]]`):
+            Responses of each batch; with `ld_alpha`, pairs.
+        write (`Callable`):
+            Called with the rows of each batch and their log-probabilities, float64 of shape `(n,)`, or with `ld_alpha`
+            `(n, 2)` of chosen and rejected, on the CPU.
         pad_token_id (`int`):
             Id to pad with.
-        batch_tokens (`int`):
-            Tokens a batch, padding included.
-        lockstep (`bool`):
-            Whether all processes must run as many forward passes.
-
-    Returns:
-        `torch.Tensor` of shape `(n_pairs, 2)`: Of the chosen and of the rejected response, float64, on the CPU.
+        n_own (`int`):
+            Number of batches to write. Those behind are run only, for the sake of other processes.
     """
     accelerator = trainer.accelerator
     pairs = np.stack([responses.chosen, responses.rejected], axis=1)
-    if trainer.precompute_ref_logps:
-        # TRL keeps no reference model then, and the policy is no longer the reference once it is trained.
-        pool: Any = trainer.train_dataset
-        columns = [torch.tensor(pool[name][:]) for name in ("ref_chosen_logps", "ref_rejected_logps")]
-        return torch.stack(columns, dim=1).double()
-    if trainer.ld_alpha is None:
-        batches = length_batches(responses.input_ids, batch_tokens)
-    else:
-        batches, _, _ = pair_batches(responses, batch_tokens, pad_token_id, packed=False)
-    shape = (len(responses.input_ids),) if trainer.ld_alpha is None else (len(pairs), 2)
-    logps = torch.zeros(shape, dtype=torch.float64)
-    own, n_own = deal(batches, accelerator.process_index, accelerator.num_processes, lockstep)
     hidden = trainer.args.disable_tqdm or not accelerator.is_main_process
-    for position, rows in enumerate(tqdm(own, desc="Computing reference log probs", disable=hidden)):
+    for position, rows in enumerate(tqdm(batches, desc="Computing reference log probs", disable=hidden)):
         # TRL halves its batch into chosen and rejected. Here it is a plain list of responses, unless pairs matter.
         indices = rows if trainer.ld_alpha is None else pairs[rows].T.reshape(-1).tolist()
         inputs = pad_batch(responses, indices, pad_token_id)
         inputs = {key: value.to(accelerator.device) for key, value in inputs.items()}
         halves = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, inputs)
         if position < n_own:
-            values = torch.cat(halves) if trainer.ld_alpha is None else torch.stack(halves, dim=1)
-            logps[rows] = values.double().cpu()
-    # Each row is zero on all processes but one, so the sum is exact.
-    logps = accelerator.reduce(logps.to(accelerator.device)).cpu()
-    return logps if trainer.ld_alpha is not None else logps[torch.as_tensor(pairs)]
+            logps = torch.cat(halves) if trainer.ld_alpha is None else torch.stack(halves, dim=1)
+            write(rows, logps.double().cpu())
 
 
 class _FixedLogProbs:
