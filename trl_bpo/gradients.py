@@ -42,6 +42,9 @@ from .responses import PairResponses, ResponseBatch, length_batches, one_a_row, 
 
 logger = logging.getLogger(__name__)
 
+# Logits of a batch that are kept for the backward pass: in float32 they take 256 MB, and the pass a few times that.
+_MAX_LOGITS = 2**26
+
 # Per-token log-probabilities of the responses of a batch, one tensor a response.
 Pieces = list[torch.Tensor]
 # The derivative of a loss with respect to each of them: rows of the batch, log-probabilities, and where the model gives
@@ -67,7 +70,8 @@ class _CaptureGradient(torch.autograd.Function):
         ctx.consume = consume
         # With the model split across devices, the layer may lie on another device than the anchor.
         ctx.anchor_device = anchor.device
-        return output.view_as(output)
+        # A view would forbid the model to modify it in place, as that of Falcon does.
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
@@ -153,6 +157,11 @@ def _capture(
 ) -> Iterator[torch.Tensor]:
     with ExitStack() as stack:
         stack.enter_context(_evaluation_mode(model))
+        # The fused head would compute the gradient of a head that trains, as large as the head itself, for nobody.
+        head = model.get_output_embeddings()
+        for parameter in head.parameters() if head is not None else ():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
         anchor = torch.zeros((), device=model.device, requires_grad=True)
         for name, module in modules.items():
 
@@ -163,27 +172,37 @@ def _capture(
         yield anchor
 
 
-def _run_model(model: PreTrainedModel | PeftModel, batch: ResponseBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-    # Log-probability of each completion token, and `log(sum p^2)` where the fused head was asked for it.
-    # That head scores every position where there is no Triton. Handing it nothing but the hidden states that predict a
-    # completion token saves the projection of prompts and padding to the vocabulary on every device.
+def _run_model(
+    model: PreTrainedModel | PeftModel, batch: ResponseBatch, fused_lm_head: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    # Log-probability of each completion token, and `log(sum p^2)` where the fused head is taken and was asked for it.
+    # To save memory, the fused head computes the logits a second time in its backward pass. A few are cheaper kept.
+    # Either would score every position. Handing it nothing but the hidden states that predict a completion token saves
+    # the projection of prompts and padding to the vocabulary.
+    fused_lm_head = fused_lm_head or len(batch.labels) * model.config.get_text_config().vocab_size > _MAX_LOGITS
+
     def hook(_: nn.Module, args: tuple, output: Any) -> Any:
         hidden = output.last_hidden_state
         rows, columns = batch.positions
         output.last_hidden_state = hidden[rows.to(hidden.device), columns.to(hidden.device)].unsqueeze(0)
         return output
 
-    inputs = dict(batch.inputs)
+    inputs: dict[str, Any] = dict(batch.inputs)
     if inputs["attention_mask"].ndim == 4 and model.config._attn_implementation == "eager":
         # This one adds its mask to the scores.
         minimum = torch.finfo(model.dtype).min
         inputs["attention_mask"] = (~inputs["attention_mask"]).to(model.dtype) * minimum
     lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     handle = lm.base_model.register_forward_hook(hook)
+    if fused_lm_head:
+        inputs |= {"shift_labels": batch.labels.unsqueeze(0), "fused_lm_head": True}
     try:
-        output = model(**inputs, shift_labels=batch.labels.unsqueeze(0), use_cache=False, fused_lm_head=True)
+        output = model(**inputs, use_cache=False)
     finally:
         handle.remove()
+    if not fused_lm_head:
+        logits = output.logits[0].to(torch.promote_types(output.logits.dtype, torch.float32))
+        return -nn.functional.cross_entropy(logits, batch.labels.to(logits.device), reduction="none"), None
     log_sum_sq_probs = output.log_sum_sq_probs
     return output.log_probs[0], None if log_sum_sq_probs is None else log_sum_sq_probs[0]
 
@@ -222,7 +241,11 @@ def can_pack(model: PreTrainedModel | PeftModel, responses: PairResponses, pad_t
     pair = sorted(telling, key=lambda pair: packed_length(responses, pair))[len(telling) // 2]
     device = model.device
     with _evaluation_mode(model), torch.no_grad():
-        packed, _ = _run_model(model, one_pair_a_row(responses, [pair], pad_token_id).to(device))
+        try:
+            packed, _ = _run_model(model, one_pair_a_row(responses, [pair], pad_token_id).to(device))
+        except Exception:
+            # What a model does with a mask that it does not know is anything, as where ALiBi is made from it.
+            return False
         plain = [
             _run_model(model, one_a_row(responses, [int(index)], pad_token_id).to(device))[0]
             for index in (responses.chosen[pair], responses.rejected[pair])
@@ -233,7 +256,7 @@ def can_pack(model: PreTrainedModel | PeftModel, responses: PairResponses, pad_t
     return bool((packed - torch.cat(plain)).abs().mean() < tolerance)
 
 
-def _saved_bytes(model: PreTrainedModel | PeftModel, batch: ResponseBatch) -> int:
+def _saved_bytes(model: PreTrainedModel | PeftModel, batch: ResponseBatch, fused_lm_head: bool) -> int:
     # What autograd keeps of a forward pass for the backward pass, weights aside.
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, int] = {}
@@ -245,7 +268,7 @@ def _saved_bytes(model: PreTrainedModel | PeftModel, batch: ResponseBatch) -> in
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = _run_model(model, batch)
+        kept = _run_model(model, batch, fused_lm_head)
     del kept
     return sum(saved.values())
 
@@ -262,6 +285,7 @@ def gradient_pass(
     weigh: Weigh | None = None,
     layers: Sequence[int] | None = None,
     scales: dict[str, torch.Tensor] | None = None,
+    with_sum_sq_probs: bool = False,
     lockstep: bool = False,
     disable_tqdm: bool = False,
 ) -> None:
@@ -287,7 +311,7 @@ def gradient_pass(
         write (`Callable`):
             Called with the rows of each batch, their features of shape `(n, dim)` (float32, or float64 of a model in
             float64) on the CPU, the log-probabilities of the completion tokens, one tensor a response, and in the same
-            form `log(sum p^2)`, or `None` where the fused LM head does not give it.
+            form `log(sum p^2)`, or `None` where it is not asked for.
         tokens (`Sequence[int]`):
             Tokens of each row, for the progress bar and the estimate.
         n_own (`int`, *optional*):
@@ -299,6 +323,8 @@ def gradient_pass(
             As in [`target_modules`].
         scales (`dict[str, torch.Tensor]`, *optional*):
             Factor of each entry of the gradients, of the shape of the weight, by module name.
+        with_sum_sq_probs (`bool`, *optional*, defaults to `False`):
+            Whether `weigh` or `write` needs `log(sum p^2)`, which takes a fused LM head that was asked for it.
         lockstep (`bool`, *optional*, defaults to `False`):
             Whether other processes run as many forward passes, as FSDP and ZeRO-3 need. No batch is halved then.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
@@ -333,7 +359,7 @@ def gradient_pass(
             # Under autocast and with quantised weights, half precision is what the pass uses, not what it adds up in.
             dtype = torch.promote_types(model.dtype, torch.float32)
             sketch = torch.zeros(len(batch.inputs["input_ids"]), projection.dim, device=model.device, dtype=dtype)
-            log_probs, log_sum_sq_probs = _run_model(model, batch)
+            log_probs, log_sum_sq_probs = _run_model(model, batch, with_sum_sq_probs)
             # The loss takes them to the CPU in one go.
             pieces = list(log_probs.detach().cpu().split(batch.lengths))
             sums = None if log_sum_sq_probs is None else list(log_sum_sq_probs.cpu().split(batch.lengths))
@@ -343,8 +369,9 @@ def gradient_pass(
             torch.autograd.grad(log_probs, anchor, factors)
             return sketch.cpu().view(len(rows), -1, projection.dim).sum(dim=1), pieces, sums
 
-        if batches:
-            _log_memory(model, batches, collate, projection, modules, tokens)
+        # Where the weights are gathered from all processes, all of them run the pass that the estimate takes.
+        if batches and (lockstep or logger.isEnabledFor(logging.INFO)):
+            _log_memory(model, batches, collate, projection, modules, tokens, with_sum_sq_probs)
         bar = tqdm(
             total=sum(tokens),
             initial=sum(tokens) - sum(tokens[row] for batch in batches[:n_own] for row in batch),
@@ -410,10 +437,17 @@ def _log_memory(
     projection: SparseProjection,
     modules: dict[str, nn.Linear],
     tokens: Sequence[int],
+    fused_lm_head: bool,
 ) -> None:
     # What autograd keeps is counted on the shortest row and grows with the tokens of the batch.
-    short = collate(batches[-1][-1:]).to(model.device)
-    per_token = _saved_bytes(model, short) / short.inputs["input_ids"].numel()
+    try:
+        short = collate(batches[-1][-1:]).to(model.device)
+        per_token = _saved_bytes(model, short, fused_lm_head) / short.inputs["input_ids"].numel()
+    except RuntimeError as error:
+        # Where not even the shortest row fits, the pass itself says so.
+        if should_reduce_batch_size(error):
+            return
+        raise
     largest = max(batches, key=lambda rows: len(rows) * max(tokens[row] for row in rows))
     batch_tokens = len(largest) * max(tokens[row] for row in largest)
     n_rows = max(map(len, batches))

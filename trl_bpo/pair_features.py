@@ -170,6 +170,7 @@ class PairFeatures:
         self._folder = folder
         scales = second_moment_scales(trainer, args.gradient_layers) if args.precondition_gradients else None
         options = {"layers": args.gradient_layers, "scales": scales, "lockstep": runs_in_lockstep(trainer)}
+        options["with_sum_sq_probs"] = trainer.use_weighting
         by_pair = self._choose_path()
         store = self._open(projection, folder, by_pair, scales)
         try:
@@ -359,8 +360,9 @@ class PairFeatures:
         else:
             batches = length_batches(self.responses.input_ids, args.gradient_batch_tokens)
         model = trainer.ref_model or trainer.accelerator.unwrap_model(trainer.model)
-        # Of the policy, the adapter that is trained is no part of its reference.
-        fixed = ((name, weight) for name, weight in model.named_parameters() if not weight.requires_grad)
+        # Of the policy, the adapter that is trained is no part of its reference. A model of its own is all reference.
+        whole = trainer.ref_model is not None
+        fixed = ((name, weight) for name, weight in model.named_parameters() if whole or not weight.requires_grad)
         header = {"model": self._hash(fixed), **self._rows_header("pairs" if by_pair else "responses")}
         header |= {"ld_alpha": trainer.ld_alpha, "gradient_batch_tokens": args.gradient_batch_tokens}
         names = ("chosen", "rejected") if by_pair else ("logp",)

@@ -67,7 +67,8 @@ class SparseProjection:
     def _sketch_last_dim(self, name: str, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         flat = tensor.reshape(-1, tensor.shape[-1])
         buckets = self._get_buckets(name, flat.shape[-1], dim, tensor.device)
-        sketch = flat.new_zeros(len(flat), 2 * dim).index_add_(1, buckets, flat)
+        # `index_add_` with one index for all rows takes 5 to 20 times as long on a CPU.
+        sketch = flat.new_zeros(len(flat), 2 * dim).scatter_add_(1, buckets.long().expand(len(flat), -1), flat)
         return (sketch[:, :dim] - sketch[:, dim:]).view(*tensor.shape[:-1], dim)
 
     def weight_gradient(
