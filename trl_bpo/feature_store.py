@@ -57,7 +57,8 @@ def tensors_hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        # ZeRO-3 leaves an empty tensor behind, with the local part as an attribute.
+        local = tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
         integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.dtype.itemsize]
         # A sum of integers is exact in any order, so it is the same on every device.
         checksum = local.detach().view(integers).sum(dtype=torch.int64).item()

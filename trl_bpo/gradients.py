@@ -243,12 +243,12 @@ def can_pack(model: PreTrainedModel | PeftModel, responses: PairResponses, pad_t
     device = model.device
     with _evaluation_mode(model), torch.no_grad():
         try:
-            packed, _ = _run_model(model, one_pair_a_row(responses, [pair], pad_token_id).to(device))
+            packed, _ = _run_model(model, one_pair_a_row(responses, [pair], pad_token_id).to(device), True)
         except Exception:
             # What a model does with a mask that it does not know is anything, as where ALiBi is made from it.
             return False
         plain = [
-            _run_model(model, one_a_row(responses, [int(index)], pad_token_id).to(device))[0]
+            _run_model(model, one_a_row(responses, [int(index)], pad_token_id).to(device), True)[0]
             for index in (responses.chosen[pair], responses.rejected[pair])
         ]
     # Half precision differs by its rounding; a wrong mask or position by far more.
@@ -335,6 +335,8 @@ def gradient_pass(
     """
     modules = target_modules(model, layers)
     n_own = len(batches) if n_own is None else n_own
+    # The head of sharded weights is fetched as training fetches it: after the other way ZeRO-3 would miss it there.
+    fused_lm_head = with_sum_sq_probs or lockstep
     sketch = torch.empty(0)
     seen: set[str] = set()
 
@@ -358,7 +360,7 @@ def gradient_pass(
             # Under autocast and with quantised weights, half precision is what the pass uses, not what it adds up in.
             dtype = torch.promote_types(model.dtype, torch.float32)
             sketch = torch.zeros(len(batch.inputs["input_ids"]), projection.dim, device=model.device, dtype=dtype)
-            log_probs, log_sum_sq_probs = _run_model(model, batch, with_sum_sq_probs)
+            log_probs, log_sum_sq_probs = _run_model(model, batch, fused_lm_head)
             # The loss takes them to the CPU in one go.
             pieces = list(log_probs.detach().cpu().split(batch.lengths))
             sums = None if log_sum_sq_probs is None else list(log_sum_sq_probs.cpu().split(batch.lengths))
@@ -370,7 +372,7 @@ def gradient_pass(
 
         # Where the weights are gathered from all processes, all of them run the pass that the estimate takes.
         if batches and (lockstep or logger.isEnabledFor(logging.INFO)):
-            _log_memory(model, batches, collate, projection, modules, tokens, with_sum_sq_probs)
+            _log_memory(model, batches, collate, projection, modules, tokens, fused_lm_head)
         bar = tqdm(
             total=sum(tokens),
             initial=sum(tokens) - sum(tokens[row] for batch in batches[:n_own] for row in batch),

@@ -111,8 +111,10 @@ def _packing_pays(trainer: DPOTrainer, responses: PairResponses, both: bool) -> 
     # row a response but two rows a pair.
     model = trainer.accelerator.unwrap_model(trainer.model)
     config = model.config.get_text_config()
-    embeddings = model.get_input_embeddings().weight.numel()
-    weights = sum(parameter.numel() for parameter in model.parameters()) - embeddings
+    # ZeRO-3 leaves empty parameters behind, with their size as an attribute.
+    weights = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    embeddings = model.get_input_embeddings().weight
+    weights -= getattr(embeddings, "ds_numel", embeddings.numel())
     attention = config.num_hidden_layers * config.hidden_size
     pairs = list(zip(responses.chosen.tolist(), responses.rejected.tolist(), strict=True))
     rows = [index for pair in pairs for index in pair] if both else range(len(responses.input_ids))
@@ -185,11 +187,7 @@ class PairFeatures:
                 return None
             if coefficients is not None:
                 return assemble_pairs(store, self._pairs, coefficients.numpy())
-            features = store.read(range(store.n_rows))
-            if args.depth_feature == "pair":
-                # What cancels to the last bit between responses does so only nearly within a row.
-                features[self._pairs[:, 0] == self._pairs[:, 1]] = 0.0
-            return features
+            return store.read(range(store.n_rows))
         finally:
             store.close()
 
@@ -323,17 +321,24 @@ class PairFeatures:
         )
 
         def weigh(rows: list[int], pieces: Pieces, sums: Pieces | None) -> Pieces:
-            if not through_loss:
-                sign = -1.0 if args.depth_feature == "pair" else 1.0
-                return [torch.full_like(piece, 1.0 if i % 2 else sign) for i, piece in enumerate(pieces)]
-            weights = []
+            weights: Pieces = []
             with loss_of_one_pair(trainer, responses) as derivatives:
                 for i, pair in enumerate(rows):
-                    two = slice(2 * i, 2 * i + 2)
-                    log_probs = [piece.double() for piece in pieces[two]]
-                    # Where the reference cancels, any other will do. With the policy itself no derivative vanishes.
-                    reference = self._cut_sums(log_probs) if ref_logps is None else ref_logps[pair]
-                    weights += derivatives(pair, log_probs, None if sums is None else sums[two], reference)
+                    # The two copies of one response need not round alike, and what cancels shall do so to the last
+                    # bit. So the first stands for both, and takes the factors of both.
+                    same = bool(self._pairs[pair, 0] == self._pairs[pair, 1])
+                    two = [2 * i, 2 * i if same else 2 * i + 1]
+                    log_probs = [pieces[index].double() for index in two]
+                    if through_loss:
+                        # Where the reference cancels, any other will do. With the policy itself no derivative vanishes.
+                        reference = self._cut_sums(log_probs) if ref_logps is None else ref_logps[pair]
+                        reference = reference[[0, 0]] if same else reference
+                        own_sums = None if sums is None else [sums[index] for index in two]
+                        factors = derivatives(pair, log_probs, own_sums, reference)
+                    else:
+                        sign = -1.0 if args.depth_feature == "pair" else 1.0
+                        factors = [torch.full_like(log_probs[0], sign), torch.ones_like(log_probs[1])]
+                    weights += [factors[0] + factors[1], torch.zeros_like(factors[1])] if same else factors
             return weights
 
         def write(rows: list[int], features: torch.Tensor, *_: Any) -> None:
