@@ -228,6 +228,8 @@ class PairFeatures:
             names = ["depth_feature", "normalize_gradients", "loss_type", "loss_weights", "beta", "label_smoothing"]
             names += ["f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting", "discopop_tau"]
             header |= {name: getattr(args, name) for name in names}
+            if trainer.precompute_ref_logps:
+                header["reference"] = tensors_hash([("ref_logps", self._reference())])
         dtype = "float64" if model.dtype == torch.float64 else args.gradient_dtype
         n_rows = len(self.responses.input_ids) if path == "responses" else len(self._pairs)
         return self._open_store(folder, header, n_rows, projection.dim, scalars=scalars, dtype=dtype)
