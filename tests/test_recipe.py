@@ -317,7 +317,7 @@ def test_the_configurations_of_the_paper_run_with_a_local_file_and_a_small_model
         ([{"prompt": "q"}], {"breadth_scope": "some"}, "`breadth_scope` must be one of"),
         ([{"prompt": "q"}], {"pair_rule": "some"}, "Unknown pair rule `some`.*`best_worst`"),
         ([{"prompt": "q"}], {"depth_fraction": 0}, "`depth_fraction` must be in"),
-        ([{"prompt": "q"}], {"ld_alpha": 0.5}, "`ld_alpha=0.5` does not go with selection"),
+        ([{"prompt": "q"}], {"ignore_data_skip": "true"}, "`ignore_data_skip=True` does not go with selection"),
         ([{"prompt": "q"}], {"dataset_streaming": "true"}, "`dataset_streaming` does not go"),
         ([{"prompt": "q"}], {"eval_strategy": "epoch"}, "`eval_strategy` needs pairs"),
         ([{"prompt": "q"}], {"resume_from_checkpoint": "x"}, "--start_from scores"),
