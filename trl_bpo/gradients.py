@@ -374,8 +374,7 @@ def gradient_pass(
         if batches and (lockstep or logger.isEnabledFor(logging.INFO)):
             _log_memory(model, batches, collate, projection, modules, tokens, fused_lm_head)
         bar = tqdm(
-            total=sum(tokens),
-            initial=sum(tokens) - sum(tokens[row] for batch in batches[:n_own] for row in batch),
+            total=sum(tokens[row] for batch in batches[:n_own] for row in batch),
             desc="Computing gradient features",
             unit="tok",
             unit_scale=True,
