@@ -403,6 +403,7 @@ def test_selection_does_not_depend_on(tiny_dir, tmp_path, kwargs):
         {"sync_ref_model": True, "ref_model_sync_steps": 2, "loss_type": "ipo", "peft": False},
         {"bf16": True},
         {"depth_scope": "overall", "projection_dim": 16, "depth_clusters": 2},
+        {"gradient_dtype": "float16", "depth_feature": "chosen"},
         {"max_length": 24, "truncation_mode": "keep_start"},
     ],
     ids=str,

@@ -24,6 +24,7 @@ import torch
 
 from trl_bpo import feature_store
 from trl_bpo.feature_store import FeatureStore, StoreMismatchError, rows_hash, tensors_hash
+from trl_bpo.pair_features import assemble_pairs
 
 
 N, DIM = 60, 40
@@ -382,7 +383,10 @@ def test_a_disk_that_is_full_when_records_are_written(small_disk, monkeypatch):
 
 
 def test_too_small_a_disk_is_refused_before_anything_is_computed(small_disk):
-    with pytest.raises(OSError, match="Free space, lower `projection_dim`, or set `gradient_dtype='float16'`"):
+    with pytest.raises(
+        OSError,
+        match="Free space; or delete that folder, and lower `projection_dim` or set `gradient_dtype='float16'`",
+    ):
         make(small_disk / "store", dim=1000)
     assert list((small_disk / "store").iterdir()) == []
     make(small_disk / "store", dim=1000, dtype="float64", n_rows=1).close()
@@ -428,3 +432,35 @@ def test_files_are_closed(tmp_path):
     with pytest.raises(StoreMismatchError):
         make(tmp_path, {})
     assert len(os.listdir("/proc/self/fd")) == n_open
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_features_of_pairs_are_put_together(tmp_path, dtype):
+    store = make(tmp_path, dtype=dtype)
+    fill(store, range(N))
+    assert store.read([]).shape == (0, DIM)
+    pairs = np.asarray([[0, 1], [1, 0], [5, 5], [58, 59]])
+    coefficients = np.asarray([[-1.0, 1.0], [0.5, 0.0], [2.0, -2.0], [1.0, 1.0]])
+    expected = sum(coefficients[:, [side]] * FEATURES[pairs[:, side]] for side in range(2))
+    features = assemble_pairs(store, pairs, coefficients)
+    assert features.dtype == np.float32 and not features[2].any()
+    assert np.allclose(features, expected, atol=0 if dtype == "float32" else 5e-3, rtol=1e-6)
+    store.close()
+
+
+def test_a_store_without_a_row_gives_way(tmp_path):
+    # As one whose first batch did not fit into memory, and whose options were then changed.
+    make(tmp_path).close()
+    store = make(tmp_path, header={**HEADER, "seed": 43})
+    fill(store, range(8))
+    store.close()
+    with pytest.raises(StoreMismatchError, match="seed 43 there, 42 now"):
+        make(tmp_path)
+
+
+def test_only_the_rows_that_will_be_written_need_room(small_disk):
+    row = DIM * 4 + 20
+    n_rows = 2 * os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize // row
+    with pytest.raises(OSError, match="Free space"):
+        make(small_disk / "all", n_rows=n_rows)
+    make(small_disk / "some", n_rows=n_rows, n_needed=n_rows // 4).close()

@@ -417,11 +417,18 @@ def test_the_first_selection_is_not_preconditioned(tiny_dir, tmp_path):
     assert np.array_equal(plain.select_pairs().distances, other.select_pairs().distances)
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adafactor"])
+@pytest.mark.parametrize("optim", ["sgd", "adafactor", "lion_32bit"])
 def test_preconditioning_needs_a_second_moment(tiny_dir, tmp_path, optim):
-    trainer = train(tiny_dir, tmp_path, optim=optim, max_steps=2, reselect_every_steps=1)
     # Before anything is trained.
-    with pytest.raises(ValueError, match="`precondition_gradients` needs the second moment.*`optim='adamw_torch'`"):
+    with pytest.raises(ValueError, match=f"second moment.*`optim='{optim}'`.*`optim='adamw_torch'`"):
+        train(tiny_dir, tmp_path, optim=optim)
+
+
+def test_preconditioning_with_an_optimizer_of_your_own(tiny_dir, tmp_path):
+    trainer = train(tiny_dir, tmp_path, max_steps=2, reselect_every_steps=1)
+    weights = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    trainer.optimizer = torch.optim.SGD(weights, lr=1e-3)
+    with pytest.raises(ValueError, match="the optimizer of this run keeps none"):
         trainer.train()
     assert trainer.state.global_step == 0
 

@@ -31,6 +31,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
+from transformers.training_args import OptimizerNames
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import maybe_extract_prompt
 from trl.trainer.utils import get_config_model_id
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+_OPTIMIZERS_WITH_MOMENT = ("adamw_torch", "adamw_torch_fused")
 _STATE_FILE = "bpo_state.json"
 _TRUNCATED_COLUMNS = {"chosen_truncated": "chosen_ids", "rejected_truncated": "rejected_ids"}
 
@@ -216,10 +218,15 @@ class BPOTrainer(DPOTrainer):
             raise ValueError(
                 "FSDP 1 flattens the weights, so that their gradients cannot be told apart. Set `fsdp_version: 2`."
             )
-        if args.precondition_gradients and runs_in_lockstep(self):
+        if args.precondition_gradients and (runs_in_lockstep(self) or self.is_deepspeed_enabled):
             raise ValueError(
-                "`precondition_gradients` does not go with sharded weights, whose second moments are sharded too. Unset "
-                "it, or train under DDP."
+                "`precondition_gradients` does not go with sharded weights or with DeepSpeed, which keep the second moments "
+                "in pieces. Unset it, or train under DDP."
+            )
+        if args.precondition_gradients and self.optimizer is None and args.optim not in _OPTIMIZERS_WITH_MOMENT:
+            raise ValueError(
+                "`precondition_gradients` needs the second moment that Adam keeps of each weight, which "
+                f"`optim='{OptimizerNames(args.optim).value}'` does not give. Set `optim='adamw_torch'`, or unset `precondition_gradients`."
             )
 
     def _identify_pairs(self, dataset: Dataset | IterableDataset, args: BPOConfig) -> Dataset | IterableDataset:
@@ -318,7 +325,9 @@ class BPOTrainer(DPOTrainer):
             features = self._features.compute(self._projection, folder)
         except StoreMismatchError as error:
             # Steps that were trained again need not give the same bits on a GPU. All else is for the user to decide.
-            if step == 0 or error.differing != ["model"]:
+            # The folder of the process that failed, by its name: they may have one each.
+            trained_again = step > 0 and folder.name in error.folder.parts
+            if not trained_again or not set(error.differing) <= {"model", "second_moment"}:
                 raise
             logger.warning(f"{error} Since they were made at step {step} of a run that trained again, they are.")
             remove_stores(folder, self.accelerator)

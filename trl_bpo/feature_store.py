@@ -88,13 +88,16 @@ class StoreMismatchError(ValueError):
     A folder holds features of other rows, of another model or made with other options.
 
     Attributes:
+        folder (`Path`):
+            The folder.
         differing (`list[str]`):
             Names of what differs.
     """
 
     # Sent between processes, an exception is made anew from its message before its attributes are set.
-    def __init__(self, message: str, differing: Sequence[str] = ()) -> None:
+    def __init__(self, message: str, folder: Path = Path(), differing: Sequence[str] = ()) -> None:
         super().__init__(message)
+        self.folder = folder
         self.differing = list(differing)
 
 
@@ -120,6 +123,8 @@ class FeatureStore:
             then off by up to 0.05 % of itself or 3e-8 of that largest one.
         part (`int`, *optional*, defaults to `0`):
             Which part this process writes: its rank.
+        n_needed (`int`, *optional*):
+            Number of rows that will be written at all. If `None`, every one.
 
     Raises:
         `StoreMismatchError`: If the folder holds features of other rows, of another model or made with other options.
@@ -136,6 +141,7 @@ class FeatureStore:
         scalars: Sequence[str] = (),
         dtype: str = "float32",
         part: int = 0,
+        n_needed: int | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.n_rows, self.dim, self.scalars = n_rows, dim, tuple(scalars)
@@ -157,20 +163,22 @@ class FeatureStore:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._own.with_suffix(".json")
+        if path.is_file() and not self._check(path):
+            path.unlink()
         if path.is_file():
-            self._check(path)
             records = self._load(self._own)
             self._n_written = len(records)
             self._take(0, records)
         # Where the folder is shared, these rows take no more room, and a run of fewer processes goes on from them.
         self.read_other_parts()
-        needed = int((~self.done).sum()) * (self._row_bytes + self._record.itemsize)
+        n_missing = (n_rows if n_needed is None else n_needed) - int(self.done.sum())
+        needed = n_missing * (self._row_bytes + self._record.itemsize)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(
                 errno.ENOSPC,
                 f"The gradient features need {needed / 1e9:.2f} GB more in {self.folder}, where {free / 1e9:.2f} GB are "
-                "free. Free space, lower `projection_dim`, or set `gradient_dtype='float16'`.",
+                "free. Free space; or delete that folder, and lower `projection_dim` or set `gradient_dtype='float16'`.",
             )
         if not path.is_file():
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -191,16 +199,22 @@ class FeatureStore:
         """Whether each row is there, bool of shape `(n_rows,)`."""
         return self._part_of >= 0
 
-    def _check(self, path: Path) -> None:
+    def _check(self, path: Path) -> bool:
+        # Whether the part with this header can be taken up. One without a row is nothing to lose.
         found = json.loads(path.read_text())
         differing = [name for name in {**self._header, **found} if found.get(name) != self._header.get(name)]
+        rows = path.with_suffix(".rows")
+        if differing and (not rows.is_file() or rows.stat().st_size < self._record.itemsize):
+            return False
         if differing:
             what = "; ".join(f"{name} {found.get(name)!r} there, {self._header.get(name)!r} now" for name in differing)
             raise StoreMismatchError(
-                f"The unfinished gradient features in {self.folder} are not those of this run: {what}. Start again with "
-                "what they were made with, or delete that folder to compute them anew.",
+                f"The gradient features in {self.folder} are not those of this run: {what}. Start again with what they "
+                "were made with, or delete that folder to compute them anew.",
+                self.folder,
                 differing,
             )
+        return not differing
 
     def _load(self, part: Path) -> np.ndarray:
         if not part.with_suffix(".rows").is_file():
@@ -222,7 +236,8 @@ class FeatureStore:
             part = header.with_suffix("")
             if part == self._own:
                 continue
-            self._check(header)
+            if not self._check(header):
+                continue
             if part not in self._parts:
                 self._parts.append(part)
             self._take(self._parts.index(part), self._load(part))
@@ -284,9 +299,9 @@ class FeatureStore:
         if self._pending:
             records = np.concatenate(self._pending)
             try:
-                os.fdatasync(self._files[0])
+                os.fsync(self._files[0])
                 _write_all(self._files[1], records.tobytes())
-                os.fdatasync(self._files[1])
+                os.fsync(self._files[1])
             except OSError as error:
                 raise self._failed(error) from error
             self._pending.clear()
@@ -319,7 +334,7 @@ class FeatureStore:
             feature[:] = np.frombuffer(chunk, dtype=self._dtype)
         if self._dtype != np.float16:
             return features
-        return features.astype(np.float32) * self._records["scale"][np.asarray(rows), None]
+        return features.astype(np.float32) * self._records["scale"][np.asarray(rows, dtype=np.int64), None]
 
     def scalar(self, name: str) -> np.ndarray:
         """

@@ -244,8 +244,11 @@ def can_pack(model: PreTrainedModel | PeftModel, responses: PairResponses, pad_t
     with _evaluation_mode(model), torch.no_grad():
         try:
             packed, _ = _run_model(model, one_pair_a_row(responses, [pair], pad_token_id).to(device), True)
-        except Exception:
+        except Exception as error:
             # What a model does with a mask that it does not know is anything, as where ALiBi is made from it.
+            if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+                raise
+            logger.info("Pairs are not packed: the model does not take a mask of four dimensions (%s).", error)
             return False
         plain = [
             _run_model(model, one_a_row(responses, [int(index)], pad_token_id).to(device), True)[0]
@@ -372,7 +375,7 @@ def gradient_pass(
 
         # Where the weights are gathered from all processes, all of them run the pass that the estimate takes.
         if batches and (lockstep or logger.isEnabledFor(logging.INFO)):
-            _log_memory(model, batches, collate, projection, modules, tokens, fused_lm_head)
+            _log_memory(model, batches, collate, projection, modules, tokens, fused_lm_head, lockstep)
         bar = tqdm(
             total=sum(tokens[row] for batch in batches[:n_own] for row in batch),
             desc="Computing gradient features",
@@ -438,6 +441,7 @@ def _log_memory(
     modules: dict[str, nn.Linear],
     tokens: Sequence[int],
     fused_lm_head: bool,
+    lockstep: bool,
 ) -> None:
     # What autograd keeps grows with the tokens of the batch. The difference that a second copy of the shortest row makes
     # leaves out the weights, which a sharded model gathers for the occasion.
@@ -446,10 +450,10 @@ def _log_memory(
         more = _saved_bytes(model, twice, fused_lm_head) - _saved_bytes(model, once, fused_lm_head)
         per_token = more / once.inputs["input_ids"].numel()
     except RuntimeError as error:
-        # Where not even these fit, the pass itself says so.
-        if should_reduce_batch_size(error):
-            return
-        raise
+        # Where not even these fit, the pass itself says so; in lockstep, before the others have gone on.
+        if lockstep or not should_reduce_batch_size(error):
+            raise
+        return
     largest = max(batches, key=lambda rows: len(rows) * max(tokens[row] for row in rows))
     batch_tokens = len(largest) * max(tokens[row] for row in largest)
     n_rows = max(map(len, batches))

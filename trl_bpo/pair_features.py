@@ -98,6 +98,11 @@ def second_moment_scales(trainer: DPOTrainer, layers: list[int] | None) -> dict[
     scales = {}
     for name, module in target_modules(trainer.accelerator.unwrap_model(trainer.model), layers).items():
         state, group = optimizer.state.get(module.weight, {}), groups.get(id(module.weight), {})
+        if not state:
+            raise ValueError(
+                f"`precondition_gradients` needs the second moment of every weight, and the optimizer has none of `{name}`, "
+                "which took part in no step. Leave it out with `gradient_layers`, or unset `precondition_gradients`."
+            )
         if "exp_avg_sq" not in state:
             raise ValueError(unfit)
         correction = 1 - group["betas"][1] ** float(state["step"])
@@ -224,6 +229,7 @@ class PairFeatures:
         if path == "responses":
             scalars = ("logp", "alignment")
             header["responses"] = "chosen" if args.depth_feature == "chosen" else "all"
+            header["use_weighting"] = trainer.use_weighting
         else:
             names = ["depth_feature", "normalize_gradients", "loss_type", "loss_weights", "beta", "label_smoothing"]
             names += ["f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting", "discopop_tau"]
@@ -232,7 +238,9 @@ class PairFeatures:
                 header["reference"] = tensors_hash([("ref_logps", self._reference())])
         dtype = "float64" if model.dtype == torch.float64 else args.gradient_dtype
         n_rows = len(self.responses.input_ids) if path == "responses" else len(self._pairs)
-        return self._open_store(folder, header, n_rows, projection.dim, scalars=scalars, dtype=dtype)
+        n_needed = len(set(self.responses.chosen.tolist())) if header.get("responses") == "chosen" else n_rows
+        options = {"scalars": scalars, "dtype": dtype, "n_needed": n_needed}
+        return self._open_store(folder, header, n_rows, projection.dim, **options)
 
     def _open_store(self, *args: Any, **kwargs: Any) -> FeatureStore:
         # What one process cannot open, none does: the others would wait for it forever.

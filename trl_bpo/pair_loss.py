@@ -218,4 +218,9 @@ def pair_coefficients(
                     sums.append(pieces[-1] - alignments[index])
             gradients = derivatives(pair, pieces, sums or None, ref_logps[pair])
             coefficients[pair] = torch.stack([gradient.sum() / max(len(gradient), 1) for gradient in gradients])
-    return accelerator.reduce(coefficients.to(accelerator.device)).cpu()
+    # A device without float64, as that of a Mac, does not see it.
+    return (
+        accelerator.reduce(coefficients.to(accelerator.device)).cpu()
+        if accelerator.num_processes > 1
+        else coefficients
+    )

@@ -33,9 +33,9 @@ class SparseProjection:
     sample over all modules never exists: each module adds to the sketch as the backward pass reaches it. Inner products
     are preserved in expectation, with a variance of about `2 / dim` times the product of the squared norms.
 
-    Weights of up to 2^20 entries (all LoRA factors of common sizes) are sketched entry by entry. The gradient of a
-    larger weight, `delta^T x` summed over the tokens, is sketched from 64-dimensional sketches of `delta` and of `x`,
-    which is unbiased too but noisier.
+    Weights of up to 2^20 entries (LoRA factors but for high ranks of wide layers) are sketched entry by entry. The
+    gradient of a larger weight, `delta^T x` summed over the tokens, is sketched from 64-dimensional sketches of `delta`
+    and of `x`, which is unbiased too but noisier. A side of up to 64 dimensions is taken as it is.
 
     Memory: 4 bytes an entry that is sketched, kept between batches.
 
@@ -71,6 +71,9 @@ class SparseProjection:
         sketch = flat.new_zeros(len(flat), 2 * dim).scatter_add_(1, buckets.long().expand(len(flat), -1), flat)
         return (sketch[:, :dim] - sketch[:, dim:]).view(*tensor.shape[:-1], dim)
 
+    def _sketch_side(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.shape[-1] <= _SIDE else self._sketch_last_dim(name, tensor, _SIDE)
+
     def weight_gradient(
         self, name: str, inputs: torch.Tensor, grad_outputs: torch.Tensor, scale: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -96,14 +99,13 @@ class SparseProjection:
             if scale is not None:
                 gradients *= scale
             return self._sketch_last_dim(name, gradients.flatten(1), self.dim)
-        sides = min(_SIDE, grad_outputs.shape[-1]), min(_SIDE, inputs.shape[-1])
         if scale is None:
-            grad_outputs = self._sketch_last_dim(f"{name}/out", grad_outputs, sides[0])
-            inputs = self._sketch_last_dim(f"{name}/in", inputs, sides[1])
-            gradients = torch.bmm(grad_outputs.transpose(1, 2), inputs)
+            grad_outputs = self._sketch_side(f"{name}/out", grad_outputs)
+            gradients = torch.bmm(grad_outputs.transpose(1, 2), self._sketch_side(f"{name}/in", inputs))
         else:
-            gradients = grad_outputs.new_empty(len(inputs), *sides)
-            for row, (x, dy) in enumerate(zip(inputs, grad_outputs, strict=True)):
-                scaled = self._sketch_last_dim(f"{name}/in", (dy.T @ x) * scale, sides[1])
-                gradients[row] = self._sketch_last_dim(f"{name}/out", scaled.T, sides[0]).T
+            rows = []
+            for x, dy in zip(inputs, grad_outputs, strict=True):
+                scaled = self._sketch_side(f"{name}/in", (dy.T @ x) * scale)
+                rows.append(self._sketch_side(f"{name}/out", scaled.T).T)
+            gradients = torch.stack(rows)
         return self._sketch_last_dim(name, gradients.flatten(1), self.dim)
