@@ -30,7 +30,7 @@ from transformers.models.llama import modeling_llama
 from trl.trainer.utils import FusedCausalLMOutput
 
 from trl_bpo import BPOTrainer
-from trl_bpo.gradients import target_modules
+from trl_bpo.capture import target_modules
 from trl_bpo.pair_features import remove_stores
 
 

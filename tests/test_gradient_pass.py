@@ -28,7 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_bpo import BPOTrainer
-from trl_bpo.gradients import can_pack, gradient_pass, pair_batches, pair_gradients, response_gradients, target_modules
+from trl_bpo.capture import target_modules
+from trl_bpo.gradients import can_pack, gradient_pass, pair_batches, pair_gradients, response_gradients
 from trl_bpo.pair_features import PairFeatures
 from trl_bpo.projection import SparseProjection
 from trl_bpo.responses import PairResponses, length_batches, one_a_row, unique_responses

@@ -23,7 +23,8 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_bpo.gradients import response_gradients, target_modules
+from trl_bpo.capture import target_modules
+from trl_bpo.gradients import response_gradients
 from trl_bpo.projection import SparseProjection
 from trl_bpo.responses import PairResponses, deal, length_batches, pad_batch, unique_responses
 

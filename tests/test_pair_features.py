@@ -47,8 +47,8 @@ from tiny import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from trl_bpo import BPOTrainer
+from trl_bpo.capture import target_modules
 from trl_bpo.feature_store import StoreMismatchError
-from trl_bpo.gradients import target_modules
 from trl_bpo.responses import unique_responses
 
 

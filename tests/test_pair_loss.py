@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_bpo import BPOTrainer
-from trl_bpo.gradients import target_modules
+from trl_bpo.capture import target_modules
 from trl_bpo.pair_features import remove_stores
 from trl_bpo.pair_loss import needs_reference, pair_coefficients
 from trl_bpo.responses import unique_responses

@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_bpo import BPOTrainer
+from trl_bpo.capture import target_modules
 from trl_bpo.feature_store import tensors_hash
-from trl_bpo.gradients import can_pack, pair_gradients, target_modules
+from trl_bpo.gradients import can_pack, pair_gradients
 from trl_bpo.projection import SparseProjection
 from trl_bpo.responses import PairResponses, unique_responses
 

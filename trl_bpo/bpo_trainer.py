@@ -31,19 +31,19 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
-from transformers.training_args import OptimizerNames
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import maybe_extract_prompt
 from trl.trainer.utils import get_config_model_id
 
 from .bpo_config import BPOConfig
+from .capture import target_modules
 from .card import CuratedCardData
 from .clustering import check_n_clusters
 from .depth import DepthSelection, DepthSelector
 from .feature_store import StoreMismatchError
-from .gradients import target_modules
 from .hub import push_curated_dataset, save_curated_dataset
-from .pair_features import PairFeatures, remove_stores, runs_in_lockstep
+from .pair_features import PairFeatures, remove_stores
+from .preconditioning import check_second_moment
 from .projection import SparseProjection
 from .prompts import pair_id, prompt_id
 from .report import pairs_per_prompt
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-_OPTIMIZERS_WITH_MOMENT = ("adamw_torch", "adamw_torch_fused")
 _STATE_FILE = "bpo_state.json"
 _TRUNCATED_COLUMNS = {"chosen_truncated": "chosen_ids", "rejected_truncated": "rejected_ids"}
 
@@ -218,16 +217,8 @@ class BPOTrainer(DPOTrainer):
             raise ValueError(
                 "FSDP 1 flattens the weights, so that their gradients cannot be told apart. Set `fsdp_version: 2`."
             )
-        if args.precondition_gradients and (runs_in_lockstep(self) or self.is_deepspeed_enabled):
-            raise ValueError(
-                "`precondition_gradients` does not go with sharded weights or with DeepSpeed, which keep the second moments "
-                "in pieces. Unset it, or train under DDP."
-            )
-        if args.precondition_gradients and self.optimizer is None and args.optim not in _OPTIMIZERS_WITH_MOMENT:
-            raise ValueError(
-                "`precondition_gradients` needs the second moment that Adam keeps of each weight, which "
-                f"`optim='{OptimizerNames(args.optim).value}'` does not give. Set `optim='adamw_torch'`, or unset `precondition_gradients`."
-            )
+        if args.precondition_gradients:
+            check_second_moment(self)
 
     def _identify_pairs(self, dataset: Dataset | IterableDataset, args: BPOConfig) -> Dataset | IterableDataset:
         # Refuses what cannot work while pairs are selected, before a model is loaded.
@@ -289,7 +280,9 @@ class BPOTrainer(DPOTrainer):
             [`DepthSelection`]: The selection over the rows of `train_dataset`.
 
         Raises:
-            `ValueError`: If `depth_fraction` is 1.0, or the features are not finite or all zero.
+            `ValueError`: If `depth_fraction` is 1.0, if the features are not finite or all zero, or if unfinished features
+                of other data or options lie in `output_dir`.
+            `OSError`: If the disk has no room for the features.
         """
         if self._pool is None:
             raise ValueError("`depth_fraction=1.0` keeps every pair, so there is nothing to select. Set it below 1.0.")
@@ -329,7 +322,7 @@ class BPOTrainer(DPOTrainer):
             trained_again = step > 0 and folder.name in error.folder.parts
             if not trained_again or not set(error.differing) <= {"model", "second_moment"}:
                 raise
-            logger.warning(f"{error} Since they were made at step {step} of a run that trained again, they are.")
+            logger.warning(f"{error} Steps that were trained again may differ so, and they are computed anew.")
             remove_stores(folder, self.accelerator)
             features = self._features.compute(self._projection, folder)
         remove_stores(self._features_path, self.accelerator, keep=folder)

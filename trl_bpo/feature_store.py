@@ -204,9 +204,9 @@ class FeatureStore:
         found = json.loads(path.read_text())
         differing = [name for name in {**self._header, **found} if found.get(name) != self._header.get(name)]
         rows = path.with_suffix(".rows")
-        if differing and (not rows.is_file() or rows.stat().st_size < self._record.itemsize):
-            return False
-        if differing:
+        if not differing:
+            return True
+        if rows.is_file() and rows.stat().st_size >= self._record.itemsize:
             what = "; ".join(f"{name} {found.get(name)!r} there, {self._header.get(name)!r} now" for name in differing)
             raise StoreMismatchError(
                 f"The gradient features in {self.folder} are not those of this run: {what}. Start again with what they "
@@ -214,7 +214,7 @@ class FeatureStore:
                 self.folder,
                 differing,
             )
-        return not differing
+        return False
 
     def _load(self, part: Path) -> np.ndarray:
         if not part.with_suffix(".rows").is_file():
@@ -234,9 +234,7 @@ class FeatureStore:
         """Take up the rows that other processes have written to the same folder and this one has not."""
         for header in sorted(self.folder.glob("part-*.json")):
             part = header.with_suffix("")
-            if part == self._own:
-                continue
-            if not self._check(header):
+            if part == self._own or not self._check(header):
                 continue
             if part not in self._parts:
                 self._parts.append(part)

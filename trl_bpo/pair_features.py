@@ -34,8 +34,9 @@ from accelerate.utils import DistributedType, broadcast, broadcast_object_list, 
 from trl import DPOTrainer
 
 from .feature_store import FeatureStore, rows_hash, tensors_hash
-from .gradients import Pieces, can_pack, gradient_pass, pair_batches, target_modules
+from .gradients import Pieces, can_pack, gradient_pass, pair_batches
 from .pair_loss import loss_of_one_pair, needs_reference, pair_coefficients, reference_pass
+from .preconditioning import second_moment_scales
 from .projection import SparseProjection
 from .responses import PairResponses, deal, length_batches, one_a_row, packed_length
 
@@ -61,53 +62,6 @@ def runs_in_lockstep(trainer: DPOTrainer) -> bool:
         return True
     plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
     return plugin is not None and plugin.zero_stage == 3
-
-
-def second_moment_scales(trainer: DPOTrainer, layers: list[int] | None) -> dict[str, torch.Tensor] | None:
-    """
-    What Adam divides each entry of a gradient by, inverted: `1 / (sqrt(v / (1 - beta2^t)) + eps)`, with the second
-    moment `v` as it is. Frozen like that it is linear in the gradient, unlike the update of LESS (arXiv 2402.04333),
-    which lets the gradient into its own `v`.
-
-    Args:
-        trainer ([`~trl.DPOTrainer`]):
-            The trainer.
-        layers (`list[int]`, *optional*):
-            As in [`~trl_bpo.gradients.target_modules`].
-
-    Returns:
-        `dict[str, torch.Tensor]`, *optional*: The factors by module name, or `None` before the first optimizer step.
-
-    Raises:
-        `ValueError`: If the optimizer keeps no second moment of each weight.
-    """
-    optimizer: Any = trainer.optimizer
-    unfit = (
-        "`precondition_gradients` needs the second moment that Adam keeps of each weight, and the optimizer of this run "
-        "keeps none. Set `optim='adamw_torch'`, or unset `precondition_gradients`."
-    )
-    # Some have no state at all, and would never be past their first step.
-    if optimizer is not None and not all("betas" in group for group in optimizer.param_groups):
-        raise ValueError(unfit)
-    if optimizer is None or not optimizer.state:
-        logger.warning(
-            "Before the first optimizer step there is no second moment: the gradients are taken as they are."
-        )
-        return None
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    scales = {}
-    for name, module in target_modules(trainer.accelerator.unwrap_model(trainer.model), layers).items():
-        state, group = optimizer.state.get(module.weight, {}), groups.get(id(module.weight), {})
-        if not state:
-            raise ValueError(
-                f"`precondition_gradients` needs the second moment of every weight, and the optimizer has none of `{name}`, "
-                "which took part in no step. Leave it out with `gradient_layers`, or unset `precondition_gradients`."
-            )
-        if "exp_avg_sq" not in state:
-            raise ValueError(unfit)
-        correction = 1 - group["betas"][1] ** float(state["step"])
-        scales[name] = 1 / ((state["exp_avg_sq"] / correction).sqrt() + group["eps"])
-    return scales
 
 
 def _packing_pays(trainer: DPOTrainer, responses: PairResponses, both: bool) -> bool:
@@ -178,16 +132,16 @@ class PairFeatures:
         scales = second_moment_scales(trainer, args.gradient_layers) if args.precondition_gradients else None
         options = {"layers": args.gradient_layers, "scales": scales, "lockstep": runs_in_lockstep(trainer)}
         options["with_sum_sq_probs"] = trainer.use_weighting
-        by_pair = self._choose_path()
-        store = self._open(projection, folder, by_pair, scales)
+        path = self._choose_path()
+        store = self._open(projection, folder, path, scales)
         try:
             with trainer.accelerator.autocast():
-                if by_pair == "responses":
+                if path == "responses":
                     self._response_pass(store, projection, options)
                 else:
-                    self._pair_pass(store, projection, by_pair == "packed pairs", options)
+                    self._pair_pass(store, projection, path == "packed pairs", options)
             scalars = self._collect(store)
-            coefficients = self._coefficients(scalars) if by_pair == "responses" else None
+            coefficients = self._coefficients(scalars) if path == "responses" else None
             if not trainer.accelerator.is_main_process:
                 return None
             if coefficients is not None:
@@ -402,12 +356,12 @@ class PairFeatures:
         # Brings what other processes have to the main one: through the folder where they share it, else by the network.
         # Returns the numbers that came with the features, on all processes.
         accelerator = self.trainer.accelerator
+        device = accelerator.device
         store.flush()
         if accelerator.num_processes > 1:
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 store.read_other_parts()
-            device = accelerator.device
             has = torch.as_tensor(store.done, dtype=torch.uint8, device=device)
             has = accelerator.gather(has[None]).cpu().numpy()
             missing = np.flatnonzero(has.any(axis=0) & ~has[0].astype(bool))
@@ -426,10 +380,10 @@ class PairFeatures:
                 if accelerator.is_main_process:
                     store.write(rows.tolist(), sent[0], **dict(zip(store.scalars, sent[1], strict=True)))
             store.flush()
-        scalars = {
-            name: torch.as_tensor(store.scalar(name).copy(), device=accelerator.device) for name in store.scalars
-        }
-        return {name: broadcast(value, from_process=0).cpu() for name, value in scalars.items()}
+        scalars = {name: torch.as_tensor(store.scalar(name).copy()) for name in store.scalars}
+        if accelerator.num_processes == 1:
+            return scalars
+        return {name: broadcast(value.to(device), from_process=0).cpu() for name, value in scalars.items()}
 
     def _coefficients(self, scalars: dict[str, torch.Tensor]) -> torch.Tensor:
         trainer, args = self.trainer, self.trainer.args

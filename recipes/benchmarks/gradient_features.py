@@ -75,8 +75,9 @@ if sys.argv[1:3] != ["--worker", "bergson"]:
     from trl.trainer.utils import add_fused_lm_head
 
     from trl_bpo import quickstart
+    from trl_bpo.capture import target_modules
     from trl_bpo.formats import load_rows, prepare_dataset
-    from trl_bpo.gradients import pair_gradients, response_gradients, target_modules
+    from trl_bpo.gradients import pair_gradients, response_gradients
     from trl_bpo.projection import SparseProjection
     from trl_bpo.responses import PairResponses, length_batches, pad_batch, unique_responses
 

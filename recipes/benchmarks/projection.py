@@ -58,8 +58,9 @@ from tqdm.auto import tqdm
 from trl import ScriptArguments, TrlParser
 
 from trl_bpo import BPOConfig, BPOTrainer, DepthSelector, quickstart
+from trl_bpo.capture import target_modules
 from trl_bpo.formats import drop_duplicate_pairs, load_rows, prepare_dataset
-from trl_bpo.gradients import response_gradients, target_modules
+from trl_bpo.gradients import response_gradients
 from trl_bpo.projection import SparseProjection
 from trl_bpo.responses import PairResponses, unique_responses
 
