@@ -431,10 +431,6 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         quantization_config=quantization_config,
         peft_config=get_peft_config(model_args),
     )
-    if over_long := len(dataset) - len(trainer.train_dataset):
-        funnel.add(
-            "pairs that fit", len(trainer.train_dataset), f"{over_long} whose prompt fills `max_length` dropped"
-        )
     card_fields: dict[str, Any] = {
         "source_datasets": [public_name(dataset_name)],
         "source_split": script_args.dataset_train_split,
@@ -445,6 +441,10 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         card_fields["policy_model"] = quickstart.POLICY_NAME if script_args.quickstart else public_name(model_name)
     if stage in ("prompts", "responses"):
         card_fields["judge"] = judge_name
+    if over_long := len(dataset) - len(trainer.train_dataset):
+        funnel.add(
+            "pairs that fit", len(trainer.train_dataset), f"{over_long} whose prompt fills `max_length` dropped"
+        )
     trainer.curated_card_fields = card_fields
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     tokens = max(int(entry.get("num_tokens", 0)) for entry in trainer.state.log_history)
@@ -453,13 +453,9 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         "training steps", trainer.state.global_step, f"{tokens:,} tokens; selection and training on {processes}"
     )
     if trainer.selection is not None:
-        metrics = trainer.selection.metrics
-        kept = (
-            f"at most {metrics['pairs_per_prompt_max']:.0f} a prompt, {metrics['prompts_without_pair']:.0f} prompts with "
-            f"none; variance explained {metrics['variance_explained']:.3f}, of a Gaussian "
-            f"{metrics['variance_explained_gaussian']:.3f}"
+        funnel.rows.insert(
+            -1, ("pairs kept (depth)", int(trainer.selection.selected.sum()), trainer.selection.summary)
         )
-        funnel.rows.insert(-1, ("pairs kept (depth)", int(metrics["active_pairs"]), kept))
 
     trainer.save_model(training_args.output_dir)
     # A local path is nobody's business but yours: only a dataset of the Hub is named in the model card.

@@ -60,7 +60,7 @@ def equal(first, second):
 
 def history(trainer):
     """Logged metrics without those that measure time."""
-    timed = ("runtime", "per_second")
+    timed = ("runtime", "per_second", "time_share")
     return [{k: v for k, v in log.items() if not k.endswith(timed)} for log in trainer.state.log_history]
 
 
@@ -243,8 +243,9 @@ def test_metrics_are_logged(tiny_dir, tmp_path):
     for log in logs:
         assert {name for name in log if name.startswith("bpo/")} - {"bpo/overlap"} == {
             *("bpo/active_pairs", "bpo/pairs_per_prompt_mean", "bpo/pairs_per_prompt_max", "bpo/prompts_without_pair"),
-            *("bpo/zero_gradients", "bpo/n_clusters", "bpo/cluster_entropy"),
-            *("bpo/variance_explained", "bpo/variance_explained_gaussian"),
+            *("bpo/zero_gradients", "bpo/not_finite", "bpo/n_clusters", "bpo/cluster_entropy"),
+            *("bpo/variance_explained", "bpo/variance_explained_gaussian", "bpo/norm_kept_over_dropped"),
+            *("bpo/unique_pairs", "bpo/selection_time_share"),
         }
         assert log["bpo/active_pairs"] == 9 and log["bpo/n_clusters"] == 3
     assert "bpo/overlap" not in logs[0] and 0 <= logs[1]["bpo/overlap"] <= 1
@@ -254,10 +255,13 @@ def test_each_selection_is_saved(tiny_dir, tmp_path):
     trainer = make(tiny_dir, tmp_path, cls=RecordingTrainer)
     trainer.train()
     folder = tmp_path / "_selections"
-    assert sorted(file.name for file in folder.iterdir()) == [
-        *("step-000000.json", "step-000000.parquet", "step-000005.json", "step-000005.parquet"),
+    assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.*")) == [
+        *("step-000000.json", "step-000000.parquet", "step-000000/train.parquet"),
+        *("step-000005.json", "step-000005.parquet", "step-000005/train.parquet"),
     ]
     for step, selected in trainer.selections:
+        kept = load_dataset(str(folder / f"step-{step:06d}"), split="train", cache_dir=str(tmp_path / "cache"))
+        assert kept.select_columns(pairs().column_names).to_list() == pairs().select(sorted(selected)).to_list()
         rows = Dataset.from_parquet(str(folder / f"step-{step:06d}.parquet"), cache_dir=str(tmp_path / "cache"))
         assert set(np.flatnonzero(rows["depth_selected"])) == selected
         assert rows["pair_id"] == trainer.train_dataset["pair_id"]
@@ -663,7 +667,7 @@ def test_broken_weights_stop_the_selection(tiny_dir, tmp_path):
     trainer = make(tiny_dir, tmp_path)
     with torch.no_grad():
         next(p for p in trainer.model.parameters() if p.requires_grad).fill_(float("nan"))
-    with pytest.raises(ValueError, match="gradients of 18 of 18 pairs are not finite"):
+    with pytest.raises(ValueError, match="features of 18 of 18 pairs are not finite"):
         trainer.train()
 
 

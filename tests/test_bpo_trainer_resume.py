@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import json
 import shutil
 
 import pytest
@@ -20,11 +19,11 @@ import torch
 from pairs import config, pairs
 from peft import LoraConfig
 from recording import RecordingTrainer
+from trl import DPOConfig, DPOTrainer
 
-from trl_bpo import BPOTrainer
-
-
-STATE = "bpo_state.json"
+from trl_bpo import BPOConfig, BPOTrainer
+from trl_bpo.selection_state import FILE_NAME as STATE
+from trl_bpo.selection_state import load_header, load_selection_state
 
 
 def run(tiny_dir, path, resume=None, dataset=None, dropout=False, **kwargs):
@@ -159,7 +158,106 @@ def test_without_selection_nothing_is_saved(tiny_dir, tmp_path):
     assert (tmp_path / "checkpoint-4").is_dir() and not (tmp_path / "checkpoint-4" / STATE).exists()
 
 
-def test_state_is_plain_json(tiny_dir, tmp_path):
+def test_the_state_is_small_and_says_what_it_is(tiny_dir, tmp_path):
     trainer = run(tiny_dir, tmp_path, num_train_epochs=1)
-    state = json.loads((tmp_path / "checkpoint-5" / STATE).read_text())
-    assert set(state["selected"]) == trainer.selections[0][1] and state["selection_step"] == 0
+    selection, seen = load_selection_state(tmp_path / "checkpoint-5", 18)
+    assert set(selection.selected.nonzero()[0]) == trainer.selections[0][1]
+    assert set(seen.nonzero()[0]) == {row for _, rows in trainer.batches for row in rows}
+    header = load_header(tmp_path / "checkpoint-5")
+    assert header["selection_step"] == 0 and header["num_selections"] == 1 and header["budget"] == 9
+    assert (tmp_path / "checkpoint-5" / STATE).stat().st_size < 2000
+
+
+# Checkpoints of the other kind
+
+
+def plain_run(tiny_dir, path, resume=None, cls=DPOTrainer, **kwargs):
+    options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, **kwargs}
+    config_cls = DPOConfig if cls is DPOTrainer else BPOConfig
+    trainer = cls(
+        tiny_dir,
+        args=config(path, config_cls, **options),
+        train_dataset=pairs(),
+        peft_config=LoraConfig(r=2, lora_dropout=0.0),
+    )
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    return trainer
+
+
+def test_a_checkpoint_of_dpo_trainer(tiny_dir, tmp_path):
+    plain_run(tiny_dir, tmp_path / "plain", max_steps=10)
+    resumed = run(tiny_dir, tmp_path / "resumed", tmp_path / "plain" / "checkpoint-4", max_steps=10)
+    assert [step for step, _ in resumed.selections] == [4, 5] and resumed.state.global_step == 10
+
+
+@pytest.mark.parametrize("cls", [DPOTrainer, BPOTrainer])
+def test_a_checkpoint_with_selection_goes_on_without(tiny_dir, tmp_path, cls):
+    run(tiny_dir, tmp_path / "whole", max_steps=10, save_steps=2)
+    options = {"depth_fraction": 1.0} if cls is BPOTrainer else {}
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    assert plain_run(tiny_dir, tmp_path / "plain", checkpoint, cls, max_steps=10, **options).state.global_step == 10
+
+
+def test_checkpoints_of_the_other_kind_with_other_steps(tiny_dir, tmp_path):
+    plain_run(tiny_dir, tmp_path / "plain")
+    with pytest.raises(
+        ValueError, match=r"without selection and took 18 steps, this one takes 10\. Set `max_steps=18`"
+    ):
+        run(tiny_dir, tmp_path / "resumed", tmp_path / "plain" / "checkpoint-4", num_train_epochs=2)
+    run(tiny_dir, tmp_path / "whole", num_train_epochs=2, save_steps=2)
+    with pytest.raises(ValueError, match=r"with selection and took 10 steps, this one takes 18\. Set `max_steps=10`"):
+        checkpoint = tmp_path / "whole" / "checkpoint-4"
+        plain_run(tiny_dir, tmp_path / "off", checkpoint, BPOTrainer, depth_fraction=1.0)
+
+
+def test_training_longer_than_the_checkpoint(tiny_dir, tmp_path):
+    run(tiny_dir, tmp_path / "whole", num_train_epochs=1)
+    longer = run(tiny_dir, tmp_path / "longer", tmp_path / "whole" / "checkpoint-3", num_train_epochs=2)
+    assert longer.state.global_step == 10 and [step for step, _ in longer.selections] == [5]
+
+
+# Before the first selection
+
+
+@pytest.mark.parametrize("schedule", [{}, {"reselect_every_steps": 3}])
+def test_steps_before_the_first_selection(tiny_dir, tmp_path, schedule):
+    whole = run(tiny_dir, tmp_path / "whole", first_selection_step=7, **schedule)
+    expected = [7, 10, 13] if schedule else [7, 10]
+    assert [step for step, _ in whole.selections] == expected and whole.state.global_step == 15
+    # The random subset is as large as the budget, and an epoch is one pass over it.
+    drawn = [row for step, rows in whole.batches if step < 5 for row in rows]
+    assert len(drawn) == len(set(drawn)) == 9
+    assert {row for step, rows in whole.batches if 5 <= step < 7 for row in rows} < set(drawn)
+    for step, rows in whole.batches:
+        assert step < 7 or set(rows) <= whole.active(step)
+    for step in (3, 5, 6, 7, 8):
+        checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+        resumed = run(
+            tiny_dir, tmp_path / "resumed", checkpoint, first_selection_step=7, save_strategy="no", **schedule
+        )
+        compare(resumed, whole, step)
+
+
+def test_a_first_selection_that_is_never_reached(tiny_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"`first_selection_step=15` is not reached: training takes 15 steps"):
+        run(tiny_dir, tmp_path, first_selection_step=15)
+
+
+# What is counted
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_unique_pairs_are_those_that_were_trained_on(tiny_dir, tmp_path, drop_last):
+    kwargs = {"reselect_every_steps": 3, "gradient_accumulation_steps": 2, "dataloader_drop_last": drop_last}
+    whole = run(tiny_dir, tmp_path / "whole", **kwargs)
+
+    def check(trainer):
+        for log in trainer.state.log_history:
+            if "bpo/unique_pairs" in log:
+                assert log["bpo/unique_pairs"] == len(
+                    {row for step, rows in whole.batches if step < log["step"] for row in rows}
+                )
+
+    check(whole)
+    for step in (2, 4):
+        check(run(tiny_dir, tmp_path / "resumed", tmp_path / "whole" / f"checkpoint-{step}", **kwargs))

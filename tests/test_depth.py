@@ -143,16 +143,36 @@ def test_fewer_gradients_than_the_budget():
     assert one.selected.sum() == 3
 
 
-def test_broken_features():
-    features, pair_ids, prompt_ids = pool(12)
-    features[5, 2] = np.nan
-    features[7, 0] = np.inf
+def test_features_that_are_not_finite_are_named_and_left_out(caplog):
+    features, pair_ids, prompt_ids = pool(40)
+    whole = DepthSelector(0.5).select(features, pair_ids, prompt_ids)
+    features[5, 2], features[7, 0], features[9, 1] = np.nan, np.inf, -np.inf
+    selection = DepthSelector(0.5).select(features, pair_ids, prompt_ids)
+    broken = [5, 7, 9]
+    named = ", ".join(f"{pair_ids[row]} (row {row})" for row in broken)
+    assert f"features of 3 of 40 pairs are not finite: {named}. They are left out" in caplog.text
+    assert not selection.selected[broken].any() and selection.selected.sum() == whole.selected.sum() == 20
+    assert (selection.clusters[broken] == -1).all() and np.isnan(selection.distances[broken]).all()
+    assert selection.metrics["not_finite"] == 3 and selection.metrics["zero_gradients"] == 0
+    rest = np.delete(np.arange(40), broken)
+    alone = DepthSelector(20 / 37).select(
+        features[rest], [pair_ids[row] for row in rest], [prompt_ids[row] for row in rest]
+    )
+    assert np.array_equal(selection.selected[rest], alone.selected)
+
+
+def test_many_features_that_are_not_finite_stop_the_selection():
+    features, pair_ids, prompt_ids = pool(40)
+    features[:5, 0] = np.nan
     with pytest.raises(
-        ValueError, match=r"gradients of 2 of 12 pairs are not finite, first of all pair pair-035 \(row 5\)"
+        ValueError, match=r"features of 5 of 40 pairs are not finite: .*\(row 4\)\. Look for an overflow"
     ):
         DepthSelector(0.5).select(features, pair_ids, prompt_ids)
-    with pytest.raises(ValueError, match="gradients of all 12 pairs are zero"):
+    with pytest.raises(ValueError, match="features of all 40 pairs are zero"):
         DepthSelector(0.5).select(np.zeros_like(features), pair_ids, prompt_ids)
+    features[:, 0] = np.nan
+    with pytest.raises(ValueError, match=r"of 40 of 40 .*\(row 9\), and others"):
+        DepthSelector(0.5).select(features, pair_ids, prompt_ids)
 
 
 @pytest.mark.parametrize("scope", ["per_cluster", "overall"])

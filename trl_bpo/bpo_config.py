@@ -21,10 +21,20 @@ from huggingface_hub.utils import validate_repo_id
 from trl import DPOConfig
 
 from .clustering import SCOPES, check_fraction
+from .embedding import DEFAULT_ENCODER
 from .feature_store import DTYPES
 
 
 FEATURES = ("pair", "sum", "chosen")
+# By what the policy makes of the pairs, which takes a pass over them at each selection, and by the data alone.
+POLICY_STRATEGIES = (
+    *("gradient", "gradient_farthest", "gradient_norm"),
+    *("loss", "implicit_reward_margin_high", "implicit_reward_margin_low"),
+)
+DATA_STRATEGIES = (
+    *("embedding", "embedding_farthest", "score_margin_high", "score_margin_low", "longest"),
+    *("random", "random_once", "equal_per_prompt", "best_worst_per_prompt"),
+)
 # The only value of each option that goes with selection, and why.
 _NOT_WITH_SELECTION = {
     "train_sampling_strategy": ("random", "the order of the selected pairs is drawn by BPOTrainer"),
@@ -47,18 +57,29 @@ class BPOConfig(DPOConfig):
             Fraction of the pairs to train on, in (0, 1]: exactly `round(depth_fraction * n)` of the `n` pairs that TRL's
             length filter leaves. An epoch is one pass over them. `1.0` switches selection off and trains exactly like
             [`~trl.DPOTrainer`].
+        depth_strategy (`str`, *optional*, defaults to `"gradient"`):
+            What measures depth. `"gradient"` is BPO: the pairs whose gradients lie nearest to the centres of their K-means
+            clusters. The others are there to compare with: `"gradient_farthest"`, `"gradient_norm"`, `"loss"`,
+            `"implicit_reward_margin_high"`, `"implicit_reward_margin_low"`, `"embedding"`, `"embedding_farthest"`,
+            `"score_margin_high"`, `"score_margin_low"`, `"longest"`, `"random"` (drawn anew at each selection),
+            `"random_once"`, `"equal_per_prompt"` and `"best_worst_per_prompt"`; see `trl_bpo/strategies.py`.
         depth_clusters (`int`, *optional*):
-            Number of K-means clusters of the gradient features. If `None`, `round(sqrt(n / 2))`.
+            Number of K-means clusters of the features. If `None`, `round(sqrt(n / 2))`.
         depth_scope (`str`, *optional*, defaults to `"per_cluster"`):
             `"per_cluster"` keeps the pairs nearest to each centre, in proportion to the size of its cluster.
             `"overall"` keeps the nearest of all.
         min_pairs_per_prompt (`int`, *optional*, defaults to `0`):
             Pairs that every prompt keeps at least. Refused if the budget cannot meet it.
+        first_selection_step (`int`, *optional*, defaults to `0`):
+            Optimizer steps on a random subset, of the size of the budget, before the first selection. A new LoRA adapter
+            has `B = 0`, so that the gradients of `A` vanish at step 0 and the features are those of `B` alone.
         reselect_every_epochs (`int`, *optional*, defaults to `1`):
-            Select anew under the current policy every this many epochs. `0` selects only at the start. One selection
-            costs about as much as one epoch over the pool.
+            Select anew under the current policy every this many epochs, at their boundaries. `0` selects only once. One
+            selection by gradients costs about as much as one epoch over the pool.
         reselect_every_steps (`int`, *optional*):
-            Select anew every this many optimizer steps. If set, `reselect_every_epochs` is not used.
+            Select anew exactly every this many optimizer steps. If set, `reselect_every_epochs` is not used.
+        depth_encoder (`str`, *optional*, defaults to `"sentence-transformers/all-MiniLM-L6-v2"`):
+            Sentence-transformers model id or path, for the strategies of embeddings.
 
         > Parameters that control the gradient features
 
@@ -99,9 +120,16 @@ class BPOConfig(DPOConfig):
             "DPOTrainer."
         },
     )
+    depth_strategy: str = field(
+        default="gradient",
+        metadata={
+            "help": "What measures depth. `gradient` is BPO; the others are there to compare with.",
+            "choices": [*POLICY_STRATEGIES, *DATA_STRATEGIES],
+        },
+    )
     depth_clusters: int | None = field(
         default=None,
-        metadata={"help": "Number of K-means clusters of the gradient features. If None, round(sqrt(n / 2))."},
+        metadata={"help": "Number of K-means clusters of the features. If None, round(sqrt(n / 2))."},
     )
     depth_scope: str = field(
         default="per_cluster",
@@ -114,13 +142,22 @@ class BPOConfig(DPOConfig):
         default=0,
         metadata={"help": "Pairs that every prompt keeps at least. Refused if the budget cannot meet it."},
     )
+    first_selection_step: int = field(
+        default=0,
+        metadata={"help": "Optimizer steps on a random subset of the same size before the first selection."},
+    )
     reselect_every_epochs: int = field(
         default=1,
-        metadata={"help": "Select anew under the current policy every this many epochs. 0 selects only at the start."},
+        metadata={"help": "Select anew under the current policy every this many epochs. 0 selects only once."},
     )
     reselect_every_steps: int | None = field(
         default=None,
         metadata={"help": "Select anew every this many optimizer steps. If set, `reselect_every_epochs` is not used."},
+    )
+
+    depth_encoder: str = field(
+        default=DEFAULT_ENCODER,
+        metadata={"help": "Sentence-transformers model id or path, for the strategies of embeddings."},
     )
 
     # Parameters that control the gradient features
@@ -168,12 +205,15 @@ class BPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         check_fraction("depth_fraction", self.depth_fraction)
-        choices = {"depth_scope": SCOPES, "depth_feature": FEATURES, "gradient_dtype": DTYPES}
+        strategies = (*POLICY_STRATEGIES, *DATA_STRATEGIES)
+        choices = {"depth_strategy": strategies, "depth_scope": SCOPES}
+        choices |= {"depth_feature": FEATURES, "gradient_dtype": DTYPES}
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"`{name}` must be one of {values}, got {getattr(self, name)!r}.")
-        if self.reselect_every_epochs < 0:
-            raise ValueError(f"`reselect_every_epochs` must not be negative, got {self.reselect_every_epochs}.")
+        for name in ("first_selection_step", "reselect_every_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         for name in ("depth_clusters", "reselect_every_steps", "projection_dim", "gradient_batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

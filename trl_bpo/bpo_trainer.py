@@ -14,15 +14,15 @@
 
 """The trainer that selects the pairs it trains on."""
 
-import hashlib
 import json
-import os
 import textwrap
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,11 +31,11 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import DPOConfig, DPOTrainer
-from trl.data_utils import maybe_extract_prompt
 from trl.trainer.utils import get_config_model_id
 
-from .bpo_config import BPOConfig
+from .bpo_config import POLICY_STRATEGIES, BPOConfig
 from .capture import target_modules
 from .card import CuratedCardData
 from .clustering import check_n_clusters
@@ -43,12 +43,15 @@ from .depth import DepthSelection, DepthSelector
 from .feature_store import StoreMismatchError
 from .hub import push_curated_dataset, save_curated_dataset
 from .pair_features import PairFeatures, remove_stores
+from .pool import PairPool, identify_pairs, open_truncated_responses
 from .preconditioning import check_second_moment
 from .projection import SparseProjection
-from .prompts import pair_id, prompt_id
 from .report import pairs_per_prompt
 from .responses import unique_responses
 from .sampler import ActivePairsSampler
+from .schedule import SelectionSchedule
+from .selection_state import load_header, load_selection_state, save_selection_state
+from .strategies import check_strategy, draw_scores, measure_by_data
 
 
 if TYPE_CHECKING:
@@ -57,25 +60,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-_STATE_FILE = "bpo_state.json"
-_TRUNCATED_COLUMNS = {"chosen_truncated": "chosen_ids", "rejected_truncated": "rejected_ids"}
-
-
-def _identify(row: dict) -> dict[str, str]:
-    tools = row.get("tools")
-    ids = {
-        "prompt_id": prompt_id(row["prompt"], tools),
-        "pair_id": pair_id(row["prompt"], row["chosen"], row["rejected"], tools),
-    }
-    return {name: value if row.get(name) is None else row[name] for name, value in ids.items()}
-
-
-def _cut_closing(row: dict, closing_ids: list[int], flags: dict[str, str]) -> dict[str, list[int]]:
-    cut = {}
-    for flag, column in flags.items():
-        if row[flag] and row[column][-len(closing_ids) :] == closing_ids:
-            cut[column] = row[column][: -len(closing_ids)]
-    return {column: cut.get(column, row[column]) for column in flags.values()}
+T = TypeVar("T")
 
 
 class BPOTrainer(DPOTrainer):
@@ -100,9 +85,14 @@ class BPOTrainer(DPOTrainer):
     - `_save_checkpoint`, `_load_optimizer_and_scheduler`: the selection is saved and restored with a checkpoint.
     - `train`: saves and pushes the curated dataset when training ends.
 
-    Each selection is saved as `_selections/step-*.parquet` (one row a pair of the pool, with its `depth_*` columns) and
-    `_selections/step-*.json` (its metrics) in `output_dir`; the pairs of the last one, with their card, as
-    `_curated_dataset`. The leading underscore keeps your data out of the model repository when you push the model.
+    Each selection is saved in `output_dir`: the pairs that it kept as `_selections/step-*/train.parquet`, one row for
+    every pair of the pool with its `depth_*` columns as `_selections/step-*.parquet`, and its metrics as
+    `_selections/step-*.json`. The pairs of the last one are saved with their card as `_curated_dataset`. The leading
+    underscore keeps your data out of the model repository when you push the model.
+
+    Callbacks that have a method `on_selection(args, state, control, **kwargs)` get it called on every process after each
+    selection in training, before the first of its batches is drawn. Beside the arguments of every event of
+    [`~transformers.TrainerCallback`], `selection` is the [`DepthSelection`] and `pair_ids` the ids of the pairs it kept.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -142,6 +132,10 @@ class BPOTrainer(DPOTrainer):
     args: BPOConfig
     model: Any
     train_dataset: Any
+    _pool: Any
+    _sampler: Any
+    _selection_step: int
+    _num_selections: int
 
     _tag_names = ["trl", "bpo"]
     _name = "BPO"
@@ -178,94 +172,48 @@ class BPOTrainer(DPOTrainer):
 
         self.selection: DepthSelection | None = None
         self.curated_card_fields: dict[str, Any] = {}
-        self._pool: Dataset | None = None
-        self._pair_ids: list[str] = []
-        self._prompt_ids: list[str] = []
+        self._pool: PairPool | None = None
         self._sampler: ActivePairsSampler | None = None
-        self._selection_step = self._num_selections = 0
         self._epoch_iterator: Iterator | None = None
         self._iterator: Iterator = iter(())
         self._selector = DepthSelector(
             args.depth_fraction,
             n_clusters=args.depth_clusters,
             scope=args.depth_scope,
+            farthest=args.depth_strategy.endswith("_farthest"),
             normalize=args.normalize_gradients,
             min_pairs_per_prompt=args.min_pairs_per_prompt,
             seed=args.seed,
         )
         self._projection = SparseProjection(args.projection_dim, args.seed)
-        self._features: PairFeatures | None = None
-        if args.depth_fraction < 1.0 and train_dataset is not None:
-            train_dataset = self._identify_pairs(train_dataset, args)
+        if args.depth_fraction < 1.0 and isinstance(train_dataset, Dataset | IterableDataset):
+            self._pool = PairPool(identify_pairs(train_dataset, args))
+            check_strategy(args.depth_strategy, self._pool.pairs)
+            train_dataset = self._pool.numbered_pairs
         super().__init__(model, ref_model, args, data_collator, train_dataset, *other, **kwargs)
         if self._pool is None:
             return
 
-        # The ids come from here on from what TRL's length filter left.
-        ids = self.train_dataset.select_columns(["pair_id", "prompt_id", "_pool_row"])
-        self._pair_ids, self._prompt_ids = list(map(str, ids["pair_id"])), list(map(str, ids["prompt_id"]))
-        self._pool = self._pool.select(np.asarray(ids["_pool_row"]))
+        self._pool.keep_rows_of(self.train_dataset)
+        n = len(self._pool.pair_ids)
         if args.depth_clusters is not None:
-            check_n_clusters("depth_clusters", args.depth_clusters, len(ids))
+            check_n_clusters("depth_clusters", args.depth_clusters, n)
         # The one sampler of every dataloader: a second dataloader does not take the selections away from the first.
-        # Until the first selection it yields the whole pool.
-        n_active = self._selector.check(self._prompt_ids)
+        n_active = self._selector.check(self._pool.prompt_ids)
         self._sampler = ActivePairsSampler(n_active, args.seed if args.data_seed is None else args.data_seed)
-        self._sampler.set_rows(np.arange(len(ids)), 0)
-        target_modules(self.accelerator.unwrap_model(self.model), args.gradient_layers)
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            raise ValueError(
-                "FSDP 1 flattens the weights, so that their gradients cannot be told apart. Set `fsdp_version: 2`."
-            )
-        if args.precondition_gradients:
-            check_second_moment(self)
-
-    def _identify_pairs(self, dataset: Dataset | IterableDataset, args: BPOConfig) -> Dataset | IterableDataset:
-        # Refuses what cannot work while pairs are selected, before a model is loaded.
-        off = "or set `depth_fraction=1.0` to train without selection."
-        if isinstance(dataset, IterableDataset):
-            raise ValueError(f"A streaming dataset cannot be selected from: load it without `streaming=True`, {off}")
-        if not isinstance(dataset, Dataset):
-            return dataset  # DPOTrainer refuses it
-        if len(dataset) == 0:
-            raise ValueError("`train_dataset` is empty: there is no pair to select from.")
-        if missing := {"chosen", "rejected"} - set(dataset.column_names):
-            raise ValueError(
-                f"`train_dataset` has no {sorted(missing)} column, only {dataset.column_names}. A preference dataset "
-                "in one of TRL's formats is needed."
-            )
-        if {"image", "images"} & set(dataset.column_names):
-            raise ValueError(f"Vision-language pairs have no gradient features yet. Use text-only pairs, {off}")
-        # The curated dataset has the texts as they came in: TRL appends the EOS token to those of the pool.
-        with args.main_process_first(desc="identifying pairs"):
-            dataset = dataset.map(maybe_extract_prompt, desc="Extracting prompts")
-            dataset = dataset.map(_identify, desc="Hashing pairs")
-        if without_prompt := sum(not prompt for prompt in dataset["prompt"]):
-            logger.warning(
-                f"{without_prompt} of {len(dataset)} pairs have an empty prompt: their answers have no common beginning. "
-                "If another column holds the prompt, rename it to `prompt`."
-            )
-        if copies := len(dataset) - len(set(dataset["pair_id"])):
-            logger.warning(
-                f"{copies} of {len(dataset)} pairs repeat an earlier one. They count as often as they occur, in the "
-                "budget and in the clusters; drop them first if that is not meant."
-            )
-        self._pool = dataset
-        return dataset.add_column("_pool_row", np.arange(len(dataset)))
+        self._forget_selections()
+        if args.depth_strategy in POLICY_STRATEGIES[:3]:
+            target_modules(self.accelerator.unwrap_model(self.model), args.gradient_layers)
+            if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+                raise ValueError(
+                    "FSDP 1 flattens the weights, so that their gradients cannot be told apart. Set `fsdp_version: 2`."
+                )
+            if args.precondition_gradients:
+                check_second_moment(self)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        example: dict = next(iter(dataset), {})
-        flags = {flag: column for flag, column in _TRUNCATED_COLUMNS.items() if flag in example}
-        if not flags:
-            return dataset
-        if isinstance(example["prompt"], str):
-            closing = self._tokenizer.eos_token
-        else:
-            turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "MARK"}]
-            closing = processing_class.apply_chat_template(turns, tokenize=False).rpartition("MARK")[2]
-        closing_ids = self._tokenizer(closing, add_special_tokens=False)["input_ids"]
-        return dataset.map(_cut_closing, fn_kwargs={"closing_ids": closing_ids, "flags": flags})
+        return open_truncated_responses(dataset, processing_class, self._tokenizer)
 
     # Selection
 
@@ -286,36 +234,71 @@ class BPOTrainer(DPOTrainer):
         """
         if self._pool is None:
             raise ValueError("`depth_fraction=1.0` keeps every pair, so there is nothing to select. Set it below 1.0.")
-        features = self._pair_features()
-        # Only one process clusters, and all take its answer: ranks that disagree in one pair would train on different
-        # data. Its error is shared as well, since the others would wait for it forever.
-        outcome: list[DepthSelection | Exception | None] = [None]
-        if features is not None:
-            try:
-                outcome[0] = self._selector.select(features, self._pair_ids, self._prompt_ids)
-            except Exception as error:
-                outcome[0] = error
-        broadcast_object_list(outcome, from_process=0)
-        if not isinstance(outcome[0], DepthSelection):
-            raise outcome[0] or RuntimeError("The main process sent no selection.")
+        by_policy = self._measure_by_policy() if self.args.depth_strategy in POLICY_STRATEGIES else None
+        self.selection = self._on_main_process(lambda: self._choose(by_policy))
         if not self.is_in_train:
             remove_stores(self._features_path, self.accelerator)
-        self.selection = outcome[0]
+        return self.selection
+
+    def _choose(self, measures: np.ndarray | None) -> DepthSelection:
+        args, pool = self.args, self._pool
+        if measures is None:
+            encoder, number = args.depth_encoder, self._num_selections
+            measures = measure_by_data(args.depth_strategy, pool, self._features.responses, encoder, args.seed, number)
+        choose = self._selector.select if measures.ndim == 2 else self._selector.select_by_score
+        return choose(measures, pool.pair_ids, pool.prompt_ids)
+
+    def _on_main_process(self, function: Callable[[], T]) -> T:
+        # Only one process decides, and all take its answer: ranks that disagree in one pair would train on different
+        # data. Its error is shared as well, since the others would wait for it forever.
+        outcome: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = function()
+            except Exception as error:
+                outcome[1] = error
+        broadcast_object_list(outcome, from_process=0)
+        if outcome[1] is not None:
+            raise outcome[1]
         return outcome[0]
+
+    def _measure_by_policy(self) -> np.ndarray | None:
+        strategy = self.args.depth_strategy
+        if strategy in POLICY_STRATEGIES[:3]:
+            features = self._pair_features()
+            return (
+                np.linalg.norm(features, axis=1) if features is not None and strategy == "gradient_norm" else features
+            )
+        losses, margins = self._with_store(lambda folder: self._features.losses_and_margins(folder))
+        # One nat of the difference of two sums over tokens is within the rounding of half precision.
+        if np.nanmax(np.abs(margins), initial=0.0) < self.beta:
+            logger.warning(
+                "The policy hardly differs from its reference yet, so that the implicit rewards that "
+                f"`depth_strategy='{strategy}'` goes by are little but rounding. Set `first_selection_step` to train on a "
+                "random subset first."
+            )
+        return losses if strategy == "loss" else margins if strategy.endswith("_high") else -margins
 
     @property
     def _features_path(self) -> Path:
         return Path(str(self.args.output_dir)) / "_features"
 
+    @cached_property
+    def _features(self) -> PairFeatures:
+        responses = unique_responses(self.train_dataset, self.args.max_length, self.args.truncation_mode)
+        # The norm is what `gradient_norm` goes by.
+        normalize = self.args.normalize_gradients and self.args.depth_strategy != "gradient_norm"
+        return PairFeatures(self, responses, normalize)
+
     def _pair_features(self) -> np.ndarray | None:
-        if self._features is None:
-            responses = unique_responses(self.train_dataset, self.args.max_length, self.args.truncation_mode)
-            self._features = PairFeatures(self, responses)
+        return self._with_store(lambda folder: self._features.compute(self._projection, folder))
+
+    def _with_store(self, compute: Callable[[Path], T]) -> T:
         step = self.state.global_step
         # The store of this selection serves a run that is killed and started again, until the next selection has its own.
         folder = self._features_path / f"step-{step:06d}"
         try:
-            features = self._features.compute(self._projection, folder)
+            result = compute(folder)
         except StoreMismatchError as error:
             # Steps that were trained again need not give the same bits on a GPU. All else is for the user to decide.
             # The folder of the process that failed, by its name: they may have one each.
@@ -324,31 +307,43 @@ class BPOTrainer(DPOTrainer):
                 raise
             logger.warning(f"{error} Steps that were trained again may differ so, and they are computed anew.")
             remove_stores(folder, self.accelerator)
-            features = self._features.compute(self._projection, folder)
+            result = compute(folder)
         remove_stores(self._features_path, self.accelerator, keep=folder)
-        return features
+        return result
 
-    def _activate(self, selection: DepthSelection, previous: DepthSelection | None, step: int) -> None:
+    def _select_at(self, step: int) -> None:
+        started, previous = time.perf_counter(), self.selection
+        selection = self.select_pairs()
         self._selection_step, self._num_selections = step, self._num_selections + 1
+        self._sampler.set_rows(np.flatnonzero(selection.selected), self._num_selections)
         metrics = dict(selection.metrics)
         if previous is not None:
             kept, kept_before = selection.selected, previous.selected
             metrics["overlap"] = float((kept & kept_before).sum() / (kept | kept_before).sum())
+        self._log_scalars(metrics)
+        if self.args.should_save:
+            folder = Path(str(self.args.output_dir)) / "_selections"
+            (folder / f"step-{step:06d}").mkdir(parents=True, exist_ok=True)
+            self.curated_dataset.to_parquet(folder / f"step-{step:06d}" / "train.parquet")
+            ids = self._pool.pairs.select_columns(["pair_id", "prompt_id"])
+            selection.annotate(ids).to_parquet(folder / f"step-{step:06d}.parquet")
+            (folder / f"step-{step:06d}.json").write_text(json.dumps({"step": step, **metrics}, indent=2) + "\n")
+        seconds = time.perf_counter() - started
+        self._seconds_selecting += seconds
+        logger.info(
+            f"Selection at step {step}: {metrics['active_pairs']:.0f} of {len(selection.selected)} pairs in {seconds:.1f} s, "
+            f"{selection.summary}."
+        )
+        pair_ids = [self._pool.pair_ids[row] for row in np.flatnonzero(selection.selected)]
+        for callback in self.callback_handler.callbacks:
+            # The event is ours, so that most callbacks do not know of it.
+            if hasattr(callback, "on_selection"):
+                callback.on_selection(self.args, self.state, self.control, selection=selection, pair_ids=pair_ids)
+
+    def _log_scalars(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             # What is logged is the mean of the list, and the mean of two selections would be neither.
             self._metrics["train"][f"bpo/{name}"] = [value]
-        logger.info(
-            f"Selection at step {step}: {metrics['active_pairs']:.0f} of {len(self._pair_ids)} pairs, at most "
-            f"{metrics['pairs_per_prompt_max']:.0f} a prompt; {metrics['prompts_without_pair']:.0f} prompts keep none. "
-            f"Variance explained {metrics['variance_explained']:.3f}, of a Gaussian "
-            f"{metrics['variance_explained_gaussian']:.3f}."
-        )
-        if self.args.should_save:
-            folder = Path(str(self.args.output_dir)) / "_selections"
-            folder.mkdir(parents=True, exist_ok=True)
-            ids = Dataset.from_dict({"pair_id": self._pair_ids, "prompt_id": self._prompt_ids})
-            selection.annotate(ids).to_parquet(folder / f"step-{step:06d}.parquet")
-            (folder / f"step-{step:06d}.json").write_text(json.dumps({"step": step, **metrics}, indent=2) + "\n")
 
     # Training
 
@@ -365,32 +360,22 @@ class BPOTrainer(DPOTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:  # noqa: D102
         if self._sampler is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
-        dataloader = self.callback_handler.train_dataloader
-        accumulation = self.args.gradient_accumulation_steps
-        steps_per_epoch = max(1, -(-len(dataloader) // accumulation))
-        step = self.state.global_step
-        every = self.args.reselect_every_steps or self.args.reselect_every_epochs * steps_per_epoch
-        new_epoch = epoch_iterator is not self._epoch_iterator
+        dataloader, accumulation = self.callback_handler.train_dataloader, self.args.gradient_accumulation_steps
+        schedule, step = self._schedule(len(dataloader)), self.state.global_step
         # With `auto_find_batch_size` training may start over, and lie behind its last selection.
-        due = self.selection is None or step < self._selection_step
-        due = due or (every > 0 and step > self._selection_step and step % every == 0)
+        if step < self._selection_step:
+            self._forget_selections()
+        due = schedule.is_due(step, None if self.selection is None else self._selection_step)
         if due:
-            previous, selection = self.selection, self.select_pairs()
-            self._activate(selection, previous, step)
-            self._sampler.set_rows(np.flatnonzero(selection.selected), self._num_selections)
+            self._select_at(step)
+        new_epoch = epoch_iterator is not self._epoch_iterator
         if new_epoch or due:
-            n_active = len(self._sampler)
-            per_step = self._train_batch_size * accumulation * self.accelerator.num_processes
-
-            def drawn(steps: int) -> int:
-                return steps // steps_per_epoch * n_active + steps % steps_per_epoch * per_step
-
             # An uninterrupted run opens its iterator when an epoch begins and at each selection within it. A resumed run
             # opens the same one, so that it draws the same batches to the last row.
-            epoch_start = step - step % steps_per_epoch
+            epoch_start = schedule.epoch_start(step)
             opened = max(epoch_start, self._selection_step)
-            self._sampler.start = drawn(opened) - drawn(self._selection_step)
-            self._sampler.already_drawn = drawn(opened) - drawn(epoch_start)
+            self._sampler.start = schedule.rows_before(opened) - schedule.rows_before(self._selection_step)
+            self._sampler.already_drawn = schedule.rows_before(opened) - schedule.rows_before(epoch_start)
             if not new_epoch:
                 # The abandoned iterator would stay registered as the active one.
                 dataloader.end()
@@ -404,62 +389,93 @@ class BPOTrainer(DPOTrainer):
                 with torch.random.fork_rng(devices=[]):
                     batches = [next(self._iterator) for _ in range((step - opened) * accumulation + 1)]
                 self._iterator = chain(batches[-1:], self._iterator)
+        position = schedule.rows_before(step) - schedule.rows_before(self._selection_step)
+        rows = np.unique(self._sampler.rows_at(position, schedule.rows_of(step)))
+        self._num_seen += int((~self._seen[rows]).sum())
+        self._seen[rows] = True
+        elapsed = time.perf_counter() - self._started
+        self._log_scalars({"unique_pairs": self._num_seen, "selection_time_share": self._seconds_selecting / elapsed})
         return super().get_batch_samples(self._iterator, num_batches, device)
 
-    def _pool_hash(self) -> str:
-        return hashlib.sha256("".join(self._pair_ids).encode()).hexdigest()
+    def _schedule(self, batches_per_epoch: int) -> SelectionSchedule:
+        args, n_active = self.args, len(self._sampler)
+        rows_per_batch = self._train_batch_size * self.accelerator.num_processes
+        schedule = SelectionSchedule(
+            first=args.first_selection_step,
+            every_steps=args.reselect_every_steps,
+            every_epochs=args.reselect_every_epochs,
+            steps_per_epoch=max(1, -(-batches_per_epoch // args.gradient_accumulation_steps)),
+            rows_per_step=rows_per_batch * args.gradient_accumulation_steps,
+            rows_per_epoch=n_active,
+            rows_used_per_epoch=min(n_active, batches_per_epoch * rows_per_batch),
+        )
+        if schedule.first >= self.state.max_steps > 0:
+            raise ValueError(
+                f"`first_selection_step={schedule.first}` is not reached: training takes {self.state.max_steps} steps. "
+                "Lower it."
+            )
+        return schedule
+
+    def _forget_selections(self) -> None:
+        self.selection = None
+        self._selection_step = self._num_selections = self._num_seen = 0
+        self._seen = np.zeros(len(self._pool.pair_ids), dtype=bool)
+        # Until the first selection the sampler yields a random subset.
+        draw = draw_scores(self._pool.pair_ids, self.args.seed, 0)
+        subset = self._selector.select_by_score(draw, self._pool.pair_ids, self._pool.prompt_ids)
+        self._sampler.set_rows(np.flatnonzero(subset.selected), 0)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self._sampler is not None and self.selection is not None and self.args.should_save:
-            state = {
-                "pool": self._pool_hash(),
+        if self._sampler is not None and self.args.should_save:
+            header = {
+                "pool": self._pool.fingerprint,
                 "budget": len(self._sampler),
                 "selection_step": self._selection_step,
                 "num_selections": self._num_selections,
-                "selected": np.flatnonzero(self.selection.selected).tolist(),
-                "clusters": self.selection.clusters.tolist(),
-                "distances": self.selection.distances.tolist(),
-                "ranks": self.selection.ranks.tolist(),
-                "metrics": self.selection.metrics,
             }
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / _STATE_FILE).write_text(json.dumps(state))
+            save_selection_state(folder, self.selection, self._seen, header)
         super()._save_checkpoint(model, trial)
 
     # Called with the resolved path of the checkpoint on every backend, before the first batch is drawn.
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        header = None if checkpoint is None else load_header(checkpoint)
+        if checkpoint is not None and (header is None) != (self._sampler is None):
+            self._check_max_steps(checkpoint, "without" if header is None else "with")
         super()._load_optimizer_and_scheduler(checkpoint)
-        path = os.path.join(checkpoint or "", _STATE_FILE)
-        if self._sampler is None or checkpoint is None or not os.path.isfile(path):
+        if checkpoint is None or header is None or self._sampler is None:
             return
-        state = json.loads(Path(path).read_text())
-        if state["pool"] != self._pool_hash():
+        if header["pool"] != self._pool.fingerprint:
             raise ValueError(
                 f"The selection in {checkpoint} was made from other pairs than those of `train_dataset`. Resume with the "
                 "same dataset and `max_length`, or start anew without `resume_from_checkpoint`."
             )
-        if state["budget"] != len(self._sampler):
+        if header["budget"] != len(self._sampler):
             raise ValueError(
-                f"The run in {checkpoint} trained on {state['budget']} pairs, but `depth_fraction` now stands for "
+                f"The run in {checkpoint} trained on {header['budget']} pairs, but `depth_fraction` now stands for "
                 f"{len(self._sampler)}. Resume with the `depth_fraction` of that run."
             )
-        selected = np.zeros(len(self._pair_ids), dtype=bool)
-        selected[state["selected"]] = True
-        self.selection = DepthSelection(
-            selected,
-            np.asarray(state["clusters"]),
-            np.asarray(state["distances"]),
-            np.asarray(state["ranks"]),
-            state["metrics"],
-        )
-        self._selection_step, self._num_selections = state["selection_step"], state["num_selections"]
-        self._sampler.set_rows(np.flatnonzero(selected), self._num_selections)
+        self.selection, self._seen = load_selection_state(checkpoint, len(self._pool.pair_ids))
+        self._num_seen = int(self._seen.sum())
+        self._selection_step, self._num_selections = header["selection_step"], header["num_selections"]
+        if self.selection is not None:
+            self._sampler.set_rows(np.flatnonzero(self.selection.selected), self._num_selections)
+
+    def _check_max_steps(self, checkpoint: str, how: str) -> None:
+        # Its learning rates and its place in the epochs would mean something else here.
+        path = Path(checkpoint) / TRAINER_STATE_NAME
+        max_steps = json.loads(path.read_text())["max_steps"] if path.is_file() else None
+        if max_steps not in (None, self.state.max_steps):
+            raise ValueError(
+                f"The run in {checkpoint} was {how} selection and took {max_steps} steps, this one takes "
+                f"{self.state.max_steps}. Set `max_steps={max_steps}`, or start anew without `resume_from_checkpoint`."
+            )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        # Each call starts with a selection, or with that of its checkpoint.
-        self.selection = None
-        self._selection_step = self._num_selections = 0
+        self._started, self._seconds_selecting = time.perf_counter(), 0.0
+        if self._sampler is not None:
+            # Each call starts with a selection, or with that of its checkpoint.
+            self._forget_selections()
         output = super().train(*args, **kwargs)
         if self._sampler is not None and self.selection is not None:
             remove_stores(self._features_path, self.accelerator)
@@ -491,7 +507,7 @@ class BPOTrainer(DPOTrainer):
             raise ValueError(
                 "Nothing has been selected yet. Call `train()` or `select_pairs()` first, with `depth_fraction` below 1.0."
             )
-        return self.selection.annotate(self._pool).select(np.flatnonzero(self.selection.selected))
+        return self.selection.annotate(self._pool.pairs).select(np.flatnonzero(self.selection.selected))
 
     def curated_card_data(self) -> CuratedCardData:
         """
@@ -501,15 +517,21 @@ class BPOTrainer(DPOTrainer):
             [`CuratedCardData`]: The data of the card.
         """
         kept = list(map(str, self.curated_dataset["prompt_id"]))
-        options = ["depth_fraction", "depth_clusters", "depth_scope", "min_pairs_per_prompt", "depth_feature"]
-        options += ["normalize_gradients", "gradient_layers", "precondition_gradients"]
+        options = ["depth_fraction", "depth_strategy", "depth_clusters", "depth_scope", "min_pairs_per_prompt"]
+        options += ["depth_feature", "normalize_gradients", "gradient_layers", "precondition_gradients"]
+        options += ["first_selection_step", "reselect_every_epochs", "reselect_every_steps"]
         model_name = get_config_model_id(self.model.config)
         fields = dict(self.curated_card_fields)
         # Pairs that were built from saved scores say who gave them.
         judges = list(self.curated_dataset["judge"]) if "judge" in self.curated_dataset.column_names else []
         if judges and isinstance(judges[0], str) and all(judge == judges[0] for judge in judges):
             fields.setdefault("judge", judges[0])
-        funnel = fields.pop("funnel", [("pairs", len(self._pool or []), "after TRL's length filter")])
+        funnel = fields.pop("funnel", [("pairs", self._pool.num_given, "as they came in")])
+        if dropped := self._pool.num_given - len(self._pool.pairs):
+            funnel = [
+                *funnel,
+                ("pairs that fit", len(self._pool.pairs), f"{dropped} whose prompt fills `max_length` dropped"),
+            ]
         settings = {"model": Path(model_name).name if Path(model_name).is_dir() else model_name}
         settings |= {name: getattr(self.args, name) for name in (*options, "projection_dim", "seed")}
         data = CuratedCardData(
@@ -517,11 +539,14 @@ class BPOTrainer(DPOTrainer):
             policy_model=None,
             num_pairs=len(kept),
             num_prompts=len(set(kept)),
-            funnel=[*funnel, ("pairs kept (depth)", len(kept), f"by the gradients at step {self._selection_step}")],
+            funnel=[
+                *funnel,
+                ("pairs kept (depth)", len(kept), f"by {self.args.depth_strategy} at step {self._selection_step}"),
+            ],
             settings=fields.pop("settings", {}) | settings,
             setting_notes=dict.fromkeys(options, "not specified by the paper"),
             metrics=dict(self.selection.metrics) if self.selection else {},
-            pairs_per_prompt=pairs_per_prompt(self._prompt_ids, kept),
+            pairs_per_prompt=pairs_per_prompt(self._pool.prompt_ids, kept),
         )
         return replace(data, **fields)
 

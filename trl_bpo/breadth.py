@@ -27,22 +27,18 @@ Columns in: the prompt column, `tools` if there is one. Columns out, beside all 
 | `breadth_dropped` | string | why it is not: `duplicate` or `distance`; None for a row that is kept |
 """
 
-import functools
 import hashlib
 import json
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset, Value
 
 from .clustering import SCOPES, budget, check_fraction, check_n_clusters, cluster, nearest_to_centre
+from .embedding import DEFAULT_ENCODER, embed_texts, require_sentence_transformers
 from .prompts import prompt_id, render_prompt
-
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 
 logger = logging.getLogger(__name__)
@@ -96,16 +92,6 @@ class BreadthSelection:
         return self.dataset.select(np.flatnonzero(~np.asarray(self.dataset["breadth_selected"])))
 
 
-@functools.lru_cache(maxsize=1)
-def _load_encoder(encoder: str) -> "SentenceTransformer":
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(encoder)
-    # The last turn of a conversation says what is asked for, so it is the beginning that is cut.
-    model.tokenizer.truncation_side = "left"
-    return model
-
-
 # Static functions with plain arguments: a `self` in the closure would change the fingerprint and so disable the cache
 # of `datasets` (trl#6213).
 def _identify(row: dict, prompt_column: str) -> dict[str, str]:
@@ -117,12 +103,9 @@ def _identify(row: dict, prompt_column: str) -> dict[str, str]:
 
 
 def _embed(batch: dict[str, list], encoder: str, prompt_column: str, batch_size: int) -> dict[str, Any]:
-    model = _load_encoder(encoder)
     tools = batch.get("tools") or [None] * len(batch[prompt_column])
     texts = [render_prompt(prompt, tool) for prompt, tool in zip(batch[prompt_column], tools, strict=True)]
-    lengths = [len(ids) for ids in model.tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
-    embeddings = model.encode(texts, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
-    over_long = [model.max_seq_length is not None and length > model.max_seq_length for length in lengths]
+    embeddings, over_long = embed_texts(texts, encoder, batch_size)
     return {"_embedding": embeddings, "_over_long": over_long}
 
 
@@ -174,7 +157,7 @@ class BreadthSelector:
     def __init__(
         self,
         fraction: float,
-        encoder: str = "sentence-transformers/all-MiniLM-L6-v2",
+        encoder: str = DEFAULT_ENCODER,
         *,
         n_clusters: int | None = None,
         scope: str = "per_cluster",
@@ -185,13 +168,7 @@ class BreadthSelector:
         check_fraction("fraction", fraction)
         if scope not in SCOPES:
             raise ValueError(f"`scope` must be one of {SCOPES}, got {scope!r}.")
-        try:
-            import sentence_transformers  # noqa: F401
-        except ImportError as error:
-            raise ImportError(
-                "`BreadthSelector` requires the `sentence-transformers` package. Install it with "
-                "`pip install 'trl_bpo[embeddings]'`."
-            ) from error
+        require_sentence_transformers("`BreadthSelector`")
         self.fraction = fraction
         self.encoder = encoder
         self.n_clusters = n_clusters

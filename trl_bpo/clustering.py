@@ -192,10 +192,10 @@ def check_n_clusters(option: str, n_clusters: int, n: int) -> None:
 
 
 def nearest_to_centre(
-    clustering: Clustering, ids: Sequence[str], n_keep: int, scope: str = "per_cluster"
+    clustering: Clustering, ids: Sequence[str], n_keep: int, scope: str = "per_cluster", farthest: bool = False
 ) -> np.ndarray:
     """
-    Select exactly `n_keep` rows that lie nearest to the centres of their clusters.
+    Select exactly `n_keep` rows that lie nearest to the centres of their clusters, or farthest from them.
 
     Args:
         clustering ([`Clustering`]):
@@ -208,6 +208,8 @@ def nearest_to_centre(
             `"per_cluster"` shares `n_keep` out over the clusters in proportion to their sizes (largest remainder) and
             keeps each one's nearest. `"overall"` keeps the nearest of all rows, wherever they lie. Which one the paper
             uses is not specified.
+        farthest (`bool`, *optional*, defaults to `False`):
+            Whether to keep the farthest instead.
 
     Returns:
         `np.ndarray` of shape `(n,)`, bool: Whether each row is kept.
@@ -215,7 +217,8 @@ def nearest_to_centre(
     n = len(clustering.labels)
     if scope == "overall":
         selected = np.zeros(n, dtype=bool)
-        selected[np.lexsort((np.asarray(ids), clustering.distances))[:n_keep]] = True
+        distances = -clustering.distances if farthest else clustering.distances
+        selected[np.lexsort((np.asarray(ids), distances))[:n_keep]] = True
         return selected
     labels, sizes = np.unique(clustering.labels, return_counts=True)
     # Integers keep the remainders exact: `n_keep * size / n` in floats may tip a tie.
@@ -223,7 +226,10 @@ def nearest_to_centre(
     first_ids = [min(np.asarray(ids)[clustering.labels == label]) for label in labels]
     for index in np.lexsort((first_ids, -remainders))[: n_keep - quotas.sum()]:
         quotas[index] += 1
-    return clustering.ranks < quotas[np.searchsorted(labels, clustering.labels)]
+    own = np.searchsorted(labels, clustering.labels)
+    if farthest:
+        return clustering.ranks >= (sizes - quotas)[own]
+    return clustering.ranks < quotas[own]
 
 
 def gaussian_variance_explained(

@@ -19,10 +19,13 @@ Columns in: `pair_id` and `prompt_id`. Columns out, beside all that came in:
 
 | column | type | meaning |
 | --- | --- | --- |
-| `depth_cluster` | int64 | K-means cluster of the pair's gradient feature; -1 for a pair without a gradient |
-| `depth_distance` | float64 | Euclidean distance of the feature to the centre of that cluster; NaN without a gradient |
-| `depth_rank` | int64 | rank by that distance within the cluster, 0 is the nearest; -1 without a gradient |
+| `depth_cluster` | int64 | K-means cluster of the pair's feature; -1 for a pair that was left out |
+| `depth_distance` | float64 | Euclidean distance of the feature to the centre of that cluster; NaN if left out |
+| `depth_rank` | int64 | rank by that distance within the cluster, 0 is the nearest; -1 if left out |
 | `depth_selected` | bool | whether the pair is kept |
+
+A selection by scores has no clusters. In place of the first two columns it has `depth_score` (float64, the highest are
+kept), and `depth_rank` is the rank among all pairs.
 """
 
 import logging
@@ -46,6 +49,9 @@ logger = logging.getLogger(__name__)
 
 # The Gaussian costs a matrix product of (n, n) by (n, d), so a larger pool is compared by a sample of it.
 _GAUSSIAN_ROWS = 4096
+# A few pairs may overflow. Where more than this share does, the model is broken and so is what is left.
+_MAX_NOT_FINITE = 0.1
+_NAMED_ROWS = 10
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,27 +62,45 @@ class DepthSelection:
     Attributes:
         selected (`np.ndarray` of shape `(n,)`, bool):
             Whether each pair is kept.
-        clusters (`np.ndarray` of shape `(n,)`, int64):
-            Cluster of each pair, -1 for a pair without a gradient.
-        distances (`np.ndarray` of shape `(n,)`, float64):
-            Distance of each pair to its centre, NaN for a pair without a gradient.
         ranks (`np.ndarray` of shape `(n,)`, int64):
-            Rank of each pair in its cluster, -1 for a pair without a gradient.
+            Rank of each pair: in its cluster, or among all by their scores. -1 for a pair that was left out.
         metrics (`dict[str, float]`):
             `active_pairs`, `pairs_per_prompt_mean` (over the prompts that keep a pair), `pairs_per_prompt_max`,
-            `prompts_without_pair`, `zero_gradients`, `n_clusters`, `cluster_entropy` (of the kept pairs over the
-            clusters, 1.0 is uniform), `variance_explained` by the clusters, and `variance_explained_gaussian`, that of
-            a Gaussian with the same covariance through the same pipeline.
+            `prompts_without_pair` and `not_finite`. Where features were clustered also `zero_gradients`, `n_clusters`,
+            `cluster_entropy` (of the kept pairs over the clusters, 1.0 is uniform), `variance_explained` by the
+            clusters, `variance_explained_gaussian`, that of a Gaussian with the same covariance through the same
+            pipeline, and `norm_kept_over_dropped`, the ratio of the mean norms of the features.
+        clusters (`np.ndarray` of shape `(n,)`, int64, *optional*):
+            Cluster of each pair, -1 for a pair that was left out. `None` without clusters.
+        distances (`np.ndarray` of shape `(n,)`, float64, *optional*):
+            Distance of each pair to its centre, NaN for a pair that was left out. `None` without clusters.
+        scores (`np.ndarray` of shape `(n,)`, float64, *optional*):
+            Score of each pair. `None` with clusters.
     """
 
     selected: np.ndarray
-    clusters: np.ndarray
-    distances: np.ndarray
     ranks: np.ndarray
     metrics: dict[str, float]
+    clusters: np.ndarray | None = None
+    distances: np.ndarray | None = None
+    scores: np.ndarray | None = None
 
     def __repr__(self) -> str:
         return f"DepthSelection({self.selected.sum()} of {len(self.selected)} pairs, metrics={self.metrics})"
+
+    @property
+    def summary(self) -> str:
+        """One line that tells what was kept."""
+        line = (
+            f"at most {self.metrics['pairs_per_prompt_max']:.0f} a prompt, "
+            f"{self.metrics['prompts_without_pair']:.0f} prompts with none"
+        )
+        if self.clusters is not None:
+            line += (
+                f"; variance explained {self.metrics['variance_explained']:.3f}, of a Gaussian "
+                f"{self.metrics['variance_explained_gaussian']:.3f}"
+            )
+        return line
 
     def annotate(self, dataset: Dataset) -> Dataset:
         """
@@ -92,13 +116,43 @@ class DepthSelection:
         columns = {
             "depth_cluster": self.clusters,
             "depth_distance": self.distances,
+            "depth_score": self.scores,
             "depth_rank": self.ranks,
             "depth_selected": self.selected,
         }
         dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
         for name, values in columns.items():
-            dataset = dataset.add_column(name, values)
+            if values is not None:
+                dataset = dataset.add_column(name, values)
         return dataset
+
+
+def _finite(values: np.ndarray, what: str, pair_ids: list[str]) -> np.ndarray:
+    # Which pairs have finite values. Says which have not, and stops where they are many.
+    finite = np.isfinite(values)
+    rows = np.flatnonzero(~finite)
+    if len(rows) == 0:
+        return finite
+    named = ", ".join(f"{pair_ids[row]} (row {row})" for row in rows[:_NAMED_ROWS])
+    message = (
+        f"The {what} of {len(rows)} of {len(pair_ids)} pairs are not finite: {named}"
+        f"{', and others' if len(rows) > _NAMED_ROWS else ''}."
+    )
+    if len(rows) > _MAX_NOT_FINITE * len(pair_ids):
+        raise ValueError(f"{message} Look for an overflow in half precision or for broken weights.")
+    logger.warning("%s They are left out of this selection.", message)
+    return finite
+
+
+def _metrics(selected: np.ndarray, prompt_ids: list[str], n_not_finite: int) -> dict[str, float]:
+    _, kept_per_prompt = np.unique(np.asarray(prompt_ids)[selected], return_counts=True)
+    return {
+        "active_pairs": float(selected.sum()),
+        "pairs_per_prompt_mean": float(kept_per_prompt.mean()),
+        "pairs_per_prompt_max": float(kept_per_prompt.max()),
+        "prompts_without_pair": float(len(set(prompt_ids)) - len(kept_per_prompt)),
+        "not_finite": float(n_not_finite),
+    }
 
 
 class DepthSelector:
@@ -111,7 +165,8 @@ class DepthSelector:
     normalisation and the scope are not specified by the paper.
 
     [`BPOTrainer`] runs this selection on its schedule; [`BPOTrainer.select_pairs`] runs it without training. To select
-    by other features, hand them to [`~DepthSelector.select`].
+    by other features, hand them to [`~DepthSelector.select`]; to keep what scores highest, hand scores to
+    [`~DepthSelector.select_by_score`].
 
     Args:
         fraction (`float`):
@@ -121,6 +176,9 @@ class DepthSelector:
         scope (`str`, *optional*, defaults to `"per_cluster"`):
             `"per_cluster"` keeps the nearest of each cluster, in proportion to its size; `"overall"` keeps the nearest
             of all.
+        farthest (`bool`, *optional*, defaults to `False`):
+            Whether to keep the pairs farthest from the centres instead of the nearest: the opposite of the paper, to
+            compare with.
         normalize (`bool`, *optional*, defaults to `True`):
             Whether to scale the features to unit length. Otherwise the pairs nearest to a centre are those with hardly
             any gradient.
@@ -139,6 +197,7 @@ class DepthSelector:
         *,
         n_clusters: int | None = None,
         scope: str = "per_cluster",
+        farthest: bool = False,
         normalize: bool = True,
         min_pairs_per_prompt: int = 0,
         seed: int = 42,
@@ -151,6 +210,7 @@ class DepthSelector:
         self.fraction = fraction
         self.n_clusters = n_clusters
         self.scope = scope
+        self.farthest = farthest
         self.normalize = normalize
         self.min_pairs_per_prompt = min_pairs_per_prompt
         self.seed = seed
@@ -206,8 +266,8 @@ class DepthSelector:
 
         Args:
             features (`np.ndarray` of shape `(n, d)`):
-                Gradient feature of each pair, not normalised. Rows of zeros (pairs without a gradient) are left out of
-                the clustering and are not kept; they are counted.
+                Feature of each pair, not normalised. Rows of zeros (pairs without a gradient) and, with a warning that
+                names them, rows that are not finite are left out of the clustering and are not kept; they are counted.
             pair_ids (`list[str]`):
                 Content hash of each pair, which settles ties.
             prompt_ids (`list[str]`):
@@ -217,21 +277,17 @@ class DepthSelector:
             [`DepthSelection`]: What is kept. Fewer pairs than the budget are kept only if fewer have a gradient.
 
         Raises:
-            `ValueError`: If features are not finite, if all are zero, or for the reasons of [`~DepthSelector.check`].
+            `ValueError`: If the features of more than a tenth of the pairs are not finite, if all are zero, or for the
+                reasons of [`~DepthSelector.check`].
         """
         n_keep = self._budget(prompt_ids)
         n = len(pair_ids)
         norms = np.sqrt(np.einsum("ij,ij->i", features, features, dtype=np.float64))
-        if not np.isfinite(norms).all():
-            rows = np.flatnonzero(~np.isfinite(norms))
-            raise ValueError(
-                f"The gradients of {len(rows)} of {n} pairs are not finite, first of all pair "
-                f"{pair_ids[rows[0]]} (row {rows[0]}). Look for an overflow in half precision or for broken weights."
-            )
-        rows = np.flatnonzero(norms > 0)
+        finite = _finite(norms, "features", pair_ids)
+        rows = np.flatnonzero(finite & (norms > 0))
         if len(rows) == 0:
             raise ValueError(
-                f"The gradients of all {n} pairs are zero: chosen and rejected are the same, or nothing is trainable."
+                f"The features of all {n} pairs are zero: chosen and rejected are the same, or nothing is trainable."
             )
         ids = np.asarray(pair_ids)[rows]
         x = features[rows].astype(np.promote_types(features.dtype, np.float32), copy=False)
@@ -239,9 +295,10 @@ class DepthSelector:
             x /= norms[rows, None].astype(x.dtype)
         n_clusters = None if self.n_clusters is None else min(self.n_clusters, len(rows))
         clustering = cluster(x, ids.tolist(), n_clusters, self.seed)
-        kept = nearest_to_centre(clustering, ids.tolist(), min(n_keep, len(rows)), self.scope)
+        kept = nearest_to_centre(clustering, ids.tolist(), min(n_keep, len(rows)), self.scope, self.farthest)
         if self.min_pairs_per_prompt > 0:
-            kept = self._with_floor(kept, clustering.distances, ids, np.asarray(prompt_ids)[rows])
+            last = -clustering.distances if self.farthest else clustering.distances
+            kept = self._with_floor(kept, last, ids, np.asarray(prompt_ids)[rows])
 
         selected = np.zeros(n, dtype=bool)
         clusters, ranks, distances = np.full(n, -1), np.full(n, -1), np.full(n, np.nan)
@@ -258,27 +315,62 @@ class DepthSelector:
         gaussian = gaussian_variance_explained(
             x, ids.tolist(), min(clustering.n_clusters, len(x)), self.seed, self.normalize
         )
-        _, kept_per_prompt = np.unique(np.asarray(prompt_ids)[selected], return_counts=True)
         shares = np.bincount(clusters[selected]) / selected.sum()
         shares = shares[shares > 0]
-        metrics = {
-            "active_pairs": float(selected.sum()),
-            "pairs_per_prompt_mean": float(kept_per_prompt.mean()),
-            "pairs_per_prompt_max": float(kept_per_prompt.max()),
-            "prompts_without_pair": float(len(set(prompt_ids)) - len(kept_per_prompt)),
-            "zero_gradients": float(n - len(rows)),
+        dropped = finite & ~selected
+        metrics = _metrics(selected, prompt_ids, n - int(finite.sum())) | {
+            "zero_gradients": float((norms == 0).sum()),
             "n_clusters": float(clustering.n_clusters),
             "cluster_entropy": float((shares * -np.log(shares)).sum() / max(np.log(clustering.n_clusters), 1e-12)),
             "variance_explained": variance_explained,
             "variance_explained_gaussian": gaussian,
         }
-        return DepthSelection(selected, clusters, distances, ranks, metrics)
+        if norms[dropped].any():
+            # Sorted, so that the sum does not depend on the order of the rows.
+            kept_norm, dropped_norm = (np.sort(norms[rows]).mean() for rows in (selected, dropped))
+            metrics["norm_kept_over_dropped"] = float(kept_norm / dropped_norm)
+        return DepthSelection(selected, ranks, metrics, clusters=clusters, distances=distances)
+
+    def select_by_score(self, scores: np.ndarray, pair_ids: list[str], prompt_ids: list[str]) -> DepthSelection:
+        """
+        Keep the pairs with the highest scores. `n_clusters`, `scope`, `farthest` and `normalize` play no part.
+
+        Args:
+            scores (`np.ndarray` of shape `(n,)`):
+                Score of each pair. Pairs whose score is not finite are left out with a warning that names them, and
+                counted.
+            pair_ids (`list[str]`):
+                Content hash of each pair, which settles ties.
+            prompt_ids (`list[str]`):
+                Prompt of each pair.
+
+        Returns:
+            [`DepthSelection`]: What is kept. Fewer pairs than the budget are kept only if fewer have a score.
+
+        Raises:
+            `ValueError`: If the scores of more than a tenth of the pairs are not finite, or for the reasons of
+                [`~DepthSelector.check`].
+        """
+        n_keep = self._budget(prompt_ids)
+        n = len(pair_ids)
+        scores = scores.astype(np.float64)
+        rows = np.flatnonzero(_finite(scores, "scores", pair_ids))
+        ids = np.asarray(pair_ids)[rows]
+        order = np.lexsort((ids, -scores[rows]))
+        kept = np.zeros(len(rows), dtype=bool)
+        kept[order[:n_keep]] = True
+        if self.min_pairs_per_prompt > 0:
+            kept = self._with_floor(kept, -scores[rows], ids, np.asarray(prompt_ids)[rows])
+        selected, ranks = np.zeros(n, dtype=bool), np.full(n, -1)
+        selected[rows] = kept
+        ranks[rows[order]] = np.arange(len(rows))
+        return DepthSelection(selected, ranks, _metrics(selected, prompt_ids, n - len(rows)), scores=scores)
 
     def _with_floor(
         self, kept: np.ndarray, distances: np.ndarray, ids: np.ndarray, prompt_ids: np.ndarray
     ) -> np.ndarray:
-        # Every prompt first keeps its nearest pairs. Whatever that adds to the selection is taken back from the pairs
-        # that lie farthest from their centres and that no prompt needs, so that the budget holds exactly.
+        # Every prompt first keeps its first pairs by `distances`. Whatever that adds to the selection is taken back from
+        # the last pairs that no prompt needs, so that the budget holds exactly.
         order = np.lexsort((ids, distances))
         needed = np.zeros_like(kept)
         seen: dict[str, int] = {}

@@ -257,38 +257,83 @@ def gradient_pass(
         # Where the weights are gathered from all processes, all of them run the pass that the estimate takes.
         if batches and (lockstep or logger.isEnabledFor(logging.INFO)):
             _log_memory(model, batches, collate, projection, modules, tokens, fused_lm_head, lockstep)
-        bar = tqdm(
-            total=sum(tokens[row] for batch in batches[:n_own] for row in batch),
-            desc="Computing gradient features",
-            unit="tok",
-            unit_scale=True,
-            disable=disable_tqdm,
-        )
-        with bar:
-            waiting, n_left = deque(batches), n_own
-            while waiting:
-                rows, failure = waiting.popleft(), None
-                try:
-                    features, pieces, sums = run(rows)
-                except RuntimeError as error:
-                    if not should_reduce_batch_size(error):
-                        raise
-                    failure = error
-                # Out of the handler, so that the traceback does not keep the tensors of the failed pass.
-                if failure is not None:
-                    waiting, n_left = _halve(rows, waiting, n_left, tokens, lockstep, failure.with_traceback(None))
-                    clear_device_cache(garbage_collection=True)
-                    continue
-                if n_left > 0:
-                    write(rows, features, pieces, sums)
-                    bar.update(sum(tokens[row] for row in rows))
-                n_left -= 1
+        _run_batches(run, write, batches, n_own, tokens, "Computing gradient features", lockstep, disable_tqdm)
     if batches and (idle := [name for name in modules if name not in seen]):
         logger.warning(
             "%d trainable linear layers, such as `%s`, took no part in the gradient pass: the features do not cover them.",
             len(idle),
             idle[0],
         )
+
+
+def _run_batches(
+    run: Callable[[list[int]], tuple],
+    write: Callable[..., None],
+    batches: list[list[int]],
+    n_own: int,
+    tokens: Sequence[int],
+    desc: str,
+    lockstep: bool,
+    disable_tqdm: bool,
+) -> None:
+    # Writes what `run` gives for each batch, and halves those that do not fit into memory.
+    total = sum(tokens[row] for batch in batches[:n_own] for row in batch)
+    with tqdm(total=total, desc=desc, unit="tok", unit_scale=True, disable=disable_tqdm) as bar:
+        waiting, n_left = deque(batches), n_own
+        while waiting:
+            rows, failure = waiting.popleft(), None
+            try:
+                results = run(rows)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                failure = error
+            # Out of the handler, so that the traceback does not keep the tensors of the failed pass.
+            if failure is not None:
+                waiting, n_left = _halve(rows, waiting, n_left, tokens, lockstep, failure.with_traceback(None))
+                clear_device_cache(garbage_collection=True)
+                continue
+            if n_left > 0:
+                write(rows, *results)
+                bar.update(sum(tokens[row] for row in rows))
+            n_left -= 1
+
+
+def log_prob_pass(
+    model: PreTrainedModel | PeftModel,
+    batches: list[list[int]],
+    collate: Callable[[list[int]], ResponseBatch],
+    write: Callable[[list[int], Pieces, Pieces | None], None],
+    *,
+    tokens: Sequence[int],
+    n_own: int | None = None,
+    with_sum_sq_probs: bool = False,
+    lockstep: bool = False,
+    disable_tqdm: bool = False,
+) -> None:
+    """
+    Log-probabilities of the completion tokens, as in [`gradient_pass`] but without a backward pass.
+
+    Args:
+        model, batches, collate, tokens, n_own, with_sum_sq_probs, lockstep, disable_tqdm:
+            As in [`gradient_pass`].
+        write (`Callable`):
+            Called with the rows of each batch, the log-probabilities of the completion tokens, one tensor a response on
+            the CPU, and in the same form `log(sum p^2)`, or `None` where it is not asked for.
+
+    Raises:
+        `RuntimeError`: If a single row, or under `lockstep` a batch, does not fit into memory.
+    """
+    n_own = len(batches) if n_own is None else n_own
+
+    def run(rows: list[int]) -> tuple[Pieces, Pieces | None]:
+        batch = collate(rows).to(model.device)
+        log_probs, log_sum_sq_probs = _run_model(model, batch, with_sum_sq_probs or lockstep)
+        sums = None if log_sum_sq_probs is None else list(log_sum_sq_probs.cpu().split(batch.lengths))
+        return list(log_probs.cpu().split(batch.lengths)), sums
+
+    with evaluation_mode(model), torch.no_grad():
+        _run_batches(run, write, batches, n_own, tokens, "Computing log probs", lockstep, disable_tqdm)
 
 
 def _halve(

@@ -13,7 +13,8 @@
 # limitations under the License.
 
 """
-The feature of each pair of a trainer's pool: which passes it takes, where they are kept, and what is made of them.
+What the policy tells of each pair of a trainer's pool, its gradient feature or its loss and margin: which passes that
+takes, where they are kept, and what is made of them.
 
 | `depth_feature` | feature of a pair |
 | --- | --- |
@@ -34,7 +35,7 @@ from accelerate.utils import DistributedType, broadcast, broadcast_object_list, 
 from trl import DPOTrainer
 
 from .feature_store import FeatureStore, rows_hash, tensors_hash
-from .gradients import Pieces, can_pack, gradient_pass, pair_batches
+from .gradients import Pieces, can_pack, gradient_pass, log_prob_pass, pair_batches
 from .pair_loss import loss_of_one_pair, needs_reference, pair_coefficients, reference_pass
 from .preconditioning import second_moment_scales
 from .projection import SparseProjection
@@ -97,11 +98,15 @@ class PairFeatures:
             The trainer. Its options decide.
         responses ([`PairResponses`]):
             The distinct responses of its pool.
+        normalize (`bool`):
+            Whether the features will be scaled to unit length. Where it makes no difference then, the reference is
+            left out.
     """
 
-    def __init__(self, trainer: Any, responses: PairResponses) -> None:
+    def __init__(self, trainer: Any, responses: PairResponses, normalize: bool) -> None:
         self.trainer = trainer
         self.responses = responses
+        self.normalize = normalize
         self._pairs = np.stack([responses.chosen, responses.rejected], axis=1)
         self._rows_hashes: dict[str, str] = {}
         self._ref_logps: torch.Tensor | None = None
@@ -150,19 +155,83 @@ class PairFeatures:
         finally:
             store.close()
 
+    def losses_and_margins(self, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The loss of each pair, and its implicit reward margin `beta (log-ratio of chosen - log-ratio of rejected)`,
+        under the current policy, or what is missing of them. One forward pass a pair, and the reference's.
+
+        All processes must call this.
+
+        Args:
+            folder (`Path`):
+                As in [`~PairFeatures.compute`].
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`: Losses and margins, float64 of shape `(n_pairs,)`, on all processes.
+
+        Raises:
+            `ValueError`: If the folder holds something that was made otherwise.
+            `OSError`: If the disk is full.
+        """
+        trainer, args, responses = self.trainer, self.trainer.args, self.responses
+        self._folder = folder
+        packed = self._can_pack(both=True)
+        lockstep = runs_in_lockstep(trainer)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        ref_logps = self._reference()
+        header: dict[str, Any] = {"model": self._hash(model.named_parameters()), **self._rows_header("pairs")}
+        header |= {"features": "losses and margins", "packed": packed, **self._loss_options()}
+        header |= {"gradient_batch_tokens": args.gradient_batch_tokens}
+        header |= {"mixed_precision": trainer.accelerator.mixed_precision}
+        header |= {"reference": tensors_hash([("ref_logps", ref_logps)])}
+        store = self._open_store(folder, header, len(self._pairs), 0, scalars=("loss", "margin"))
+        pad_token_id = trainer._tokenizer.pad_token_id
+        batches, collate, tokens = pair_batches(responses, args.gradient_batch_tokens, pad_token_id, packed)
+
+        def write(rows: list[int], pieces: Pieces, sums: Pieces | None) -> None:
+            losses, margins = [], []
+            with loss_of_one_pair(trainer, responses) as loss_of:
+                for i, pair in enumerate(rows):
+                    two = slice(2 * i, 2 * i + 2)
+                    log_probs = [piece.double() for piece in pieces[two]]
+                    losses.append(loss_of(pair, log_probs, None if sums is None else sums[two], ref_logps[pair])[0])
+                    log_ratios = self._cut_sums(log_probs) - ref_logps[pair]
+                    margins.append(trainer.beta * (log_ratios[0] - log_ratios[1]).item())
+            store.write(rows, np.empty((len(rows), 0)), loss=np.asarray(losses), margin=np.asarray(margins))
+
+        try:
+            with trainer.accelerator.autocast():
+                own, n_own = self._deal(store, batches, lockstep)
+                hidden = args.disable_tqdm or not trainer.accelerator.is_main_process
+                options = {"with_sum_sq_probs": trainer.use_weighting, "lockstep": lockstep, "disable_tqdm": hidden}
+                log_prob_pass(model, own, collate, write, tokens=tokens, n_own=n_own, **options)
+            scalars = self._collect(store)
+        finally:
+            store.close()
+        return scalars["loss"].numpy(), scalars["margin"].numpy()
+
     def _choose_path(self) -> str:
-        trainer, args = self.trainer, self.trainer.args
-        coupled = args.depth_feature == "pair" and trainer.ld_alpha is not None
-        path = ["pairs" if coupled else "responses"]
-        if args.depth_feature != "chosen" and _packing_pays(trainer, self.responses, coupled):
+        coupled = self.trainer.args.depth_feature == "pair" and self.trainer.ld_alpha is not None
+        path = "pairs" if coupled else "responses"
+        if self.trainer.args.depth_feature != "chosen" and self._can_pack(coupled):
+            path = "packed pairs"
+        logger.info(f"Gradient features are computed from {path}.")
+        return path
+
+    def _can_pack(self, both: bool) -> bool:
+        trainer, packed = self.trainer, [False]
+        if _packing_pays(trainer, self.responses, both):
             model = trainer.accelerator.unwrap_model(trainer.model)
             with trainer.accelerator.autocast():
-                if can_pack(model, self.responses, trainer._tokenizer.pad_token_id):
-                    path = ["packed pairs"]
+                packed = [can_pack(model, self.responses, trainer._tokenizer.pad_token_id)]
         # The comparison in floats might not come out alike everywhere.
-        broadcast_object_list(path, from_process=0)
-        logger.info(f"Gradient features are computed from {path[0]}.")
-        return path[0]
+        broadcast_object_list(packed, from_process=0)
+        return packed[0]
+
+    def _loss_options(self) -> dict[str, Any]:
+        names = ["loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence_type"]
+        names += ["f_alpha_divergence_coef", "ld_alpha", "use_weighting", "discopop_tau"]
+        return {name: getattr(self.trainer.args, name) for name in names}
 
     def _open(
         self, projection: SparseProjection, folder: Path, path: str, scales: dict[str, torch.Tensor] | None
@@ -185,9 +254,7 @@ class PairFeatures:
             header["responses"] = "chosen" if args.depth_feature == "chosen" else "all"
             header["use_weighting"] = trainer.use_weighting
         else:
-            names = ["depth_feature", "normalize_gradients", "loss_type", "loss_weights", "beta", "label_smoothing"]
-            names += ["f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting", "discopop_tau"]
-            header |= {name: getattr(args, name) for name in names}
+            header |= {"depth_feature": args.depth_feature, "normalize": self.normalize, **self._loss_options()}
             if trainer.precompute_ref_logps:
                 header["reference"] = tensors_hash([("ref_logps", self._reference())])
         dtype = "float64" if model.dtype == torch.float64 else args.gradient_dtype
@@ -277,7 +344,7 @@ class PairFeatures:
         self, store: FeatureStore, projection: SparseProjection, packed: bool, options: dict[str, Any]
     ) -> None:
         trainer, args, responses = self.trainer, self.trainer.args, self.responses
-        cancels = not needs_reference(trainer, args.normalize_gradients)
+        cancels = not needs_reference(trainer, self.normalize)
         through_loss = args.depth_feature == "pair" and not (cancels and trainer.ld_alpha is None)
         ref_logps = self._reference() if through_loss and not cancels else None
         batches, collate, tokens = pair_batches(
@@ -286,7 +353,7 @@ class PairFeatures:
 
         def weigh(rows: list[int], pieces: Pieces, sums: Pieces | None) -> Pieces:
             weights: Pieces = []
-            with loss_of_one_pair(trainer, responses) as derivatives:
+            with loss_of_one_pair(trainer, responses) as loss_of:
                 for i, pair in enumerate(rows):
                     # The two copies of one response need not round alike, and what cancels shall do so to the last
                     # bit. So the first stands for both, and takes the factors of both.
@@ -298,7 +365,7 @@ class PairFeatures:
                         reference = self._cut_sums(log_probs) if ref_logps is None else ref_logps[pair]
                         reference = reference[[0, 0]] if same else reference
                         own_sums = None if sums is None else [sums[index] for index in two]
-                        factors = derivatives(pair, log_probs, own_sums, reference)
+                        _, factors = loss_of(pair, log_probs, own_sums, reference)
                     else:
                         sign = -1.0 if args.depth_feature == "pair" else 1.0
                         factors = [torch.full_like(log_probs[0], sign), torch.ones_like(log_probs[1])]
@@ -311,7 +378,8 @@ class PairFeatures:
         self._run(store, projection, batches, collate, options, write=write, tokens=tokens, weigh=weigh)
 
     def _cut_sums(self, log_probs: Pieces) -> torch.Tensor:
-        cut, alpha = min(map(len, log_probs)), self.trainer.ld_alpha
+        cut = min(map(len, log_probs))
+        alpha = 1.0 if self.trainer.ld_alpha is None else self.trainer.ld_alpha
         return torch.stack([piece[:cut].sum() + alpha * piece[cut:].sum() for piece in log_probs])
 
     def _reference(self) -> torch.Tensor:
@@ -389,7 +457,7 @@ class PairFeatures:
         trainer, args = self.trainer, self.trainer.args
         if args.depth_feature != "pair":
             return torch.tensor([1.0, 1.0 if args.depth_feature == "sum" else 0.0]).expand(len(self._pairs), 2)
-        if not needs_reference(trainer, args.normalize_gradients):
+        if not needs_reference(trainer, self.normalize):
             return torch.tensor([-1.0, 1.0]).expand(len(self._pairs), 2)
         alignments = scalars["alignment"] if trainer.use_weighting else None
         return pair_coefficients(trainer, self.responses, scalars["logp"], self._reference(), alignments)

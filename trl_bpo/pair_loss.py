@@ -30,7 +30,7 @@ from .gradients import Pieces
 from .responses import PairResponses, pad_batch
 
 
-PairLoss = Callable[[int, Pieces, Pieces | None, torch.Tensor], Pieces]
+PairLoss = Callable[[int, Pieces, Pieces | None, torch.Tensor], tuple[float, Pieces]]
 
 
 def needs_reference(trainer: DPOTrainer, normalize: bool) -> bool:
@@ -119,7 +119,7 @@ class _FixedLogProbs:
 @contextmanager
 def loss_of_one_pair(trainer: DPOTrainer, responses: PairResponses) -> Iterator[PairLoss]:
     """
-    The loss of a trainer for each pair as a batch of its own, differentiated with respect to the log-probabilities.
+    The loss of a trainer for each pair as a batch of its own, and its derivatives by the log-probabilities.
 
     The derivatives are taken by autograd through the very loss of the trainer, so that every loss type, weighting and
     divergence that TRL knows is covered and none is written twice. Losses that couple the pairs of a batch take their
@@ -135,7 +135,7 @@ def loss_of_one_pair(trainer: DPOTrainer, responses: PairResponses) -> Iterator[
     Yields:
         `Callable`: From the index of a pair, the per-token log-probabilities of its chosen and rejected completion,
         in the same form `log(sum p^2)` of their distributions (or `None`, without `use_weighting`), and the two
-        reference log-probabilities, the derivatives, in the form of the log-probabilities.
+        reference log-probabilities, the loss and its derivatives, in the form of the log-probabilities.
     """
     stand_in = SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x)
     replaced: dict[str, Any] = {
@@ -150,7 +150,9 @@ def loss_of_one_pair(trainer: DPOTrainer, responses: PairResponses) -> Iterator[
     # TRL bounds the exponential of this divergence by a table of types that ends with float32.
     dtype = torch.float32 if trainer.f_divergence_type == "alpha_divergence" else torch.float64
 
-    def derivatives(pair: int, log_probs: Pieces, log_sum_sq_probs: Pieces | None, ref_logps: torch.Tensor) -> Pieces:
+    def loss_of(
+        pair: int, log_probs: Pieces, log_sum_sq_probs: Pieces | None, ref_logps: torch.Tensor
+    ) -> tuple[float, Pieces]:
         indices = [int(responses.chosen[pair]), int(responses.rejected[pair])]
         inputs = pad_batch(responses, indices, pad_token_id=0)
         mask = inputs["completion_mask"][:, 1:].bool()
@@ -164,12 +166,12 @@ def loss_of_one_pair(trainer: DPOTrainer, responses: PairResponses) -> Iterator[
         with torch.enable_grad():
             loss = trainer._compute_loss(model, inputs, return_outputs=False)
         (gradient,) = torch.autograd.grad(loss, leaf)
-        return list(gradient[mask].split([len(piece) for piece in log_probs]))
+        return loss.item(), list(gradient[mask].split([len(piece) for piece in log_probs]))
 
     try:
         for name, value in replaced.items():
             setattr(trainer, name, value)
-        yield derivatives
+        yield loss_of
     finally:
         for name, value in saved.items():
             setattr(trainer, name, value)
@@ -207,7 +209,7 @@ def pair_coefficients(
     coefficients = torch.zeros(len(pairs), 2, dtype=torch.float64)
     own = range(accelerator.process_index, len(pairs), accelerator.num_processes)
     hidden = trainer.args.disable_tqdm or not accelerator.is_main_process
-    with loss_of_one_pair(trainer, responses) as derivatives:
+    with loss_of_one_pair(trainer, responses) as loss_of:
         for pair in tqdm(own, desc="Computing loss derivatives", disable=hidden):
             pieces, sums = [], []
             for index in pairs[pair]:
@@ -216,7 +218,7 @@ def pair_coefficients(
                 pieces.append((logps[index] / max(length, 1)).expand(length))
                 if alignments is not None:
                     sums.append(pieces[-1] - alignments[index])
-            gradients = derivatives(pair, pieces, sums or None, ref_logps[pair])
+            _, gradients = loss_of(pair, pieces, sums or None, ref_logps[pair])
             coefficients[pair] = torch.stack([gradient.sum() / max(len(gradient), 1) for gradient in gradients])
     # A device without float64, as that of a Mac, does not see it.
     return (

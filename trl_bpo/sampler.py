@@ -15,6 +15,7 @@
 """The sampler that yields the active pairs of a pool."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -50,6 +51,8 @@ class ActivePairsSampler(Sampler[int]):
         self.already_drawn = 0
         self._rows = np.arange(0)
         self._selection = 0
+        # An iterator that reads ahead and the trainer that counts may stand in two passes.
+        self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def set_rows(self, rows: np.ndarray, selection: int) -> None:
         """
@@ -63,20 +66,36 @@ class ActivePairsSampler(Sampler[int]):
         """
         self._rows = rows
         self._selection = selection
+        self._order.cache_clear()
 
-    def _order(self, pass_index: int) -> np.ndarray:
+    def _draw_order(self, pass_index: int) -> np.ndarray:
         seeds = np.random.SeedSequence([self.seed, self._selection, pass_index])
         generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
         return self._rows[torch.randperm(len(self._rows), generator=generator).numpy()]
 
-    def __iter__(self) -> Iterator[int]:
-        pass_index, offset = divmod(self.start, len(self._rows))
-        left = self.num_samples - self.already_drawn
-        while left > 0:
-            rows = self._order(pass_index)[offset : offset + left].tolist()
-            yield from rows
-            left -= len(rows)
+    def rows_at(self, start: int, count: int) -> np.ndarray:
+        """
+        Rows at consecutive positions of the stream.
+
+        Args:
+            start (`int`):
+                First position.
+            count (`int`):
+                Number of positions.
+
+        Returns:
+            `np.ndarray` of shape `(count,)`, int64: Rows of the pool.
+        """
+        pass_index, offset = divmod(start, len(self._rows))
+        parts = []
+        while count > 0:
+            parts.append(self._order(pass_index)[offset : offset + count])
+            count -= len(parts[-1])
             pass_index, offset = pass_index + 1, 0
+        return np.concatenate(parts) if parts else self._rows[:0]
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.rows_at(self.start, self.num_samples - self.already_drawn).tolist()
 
     def __len__(self) -> int:
         return self.num_samples

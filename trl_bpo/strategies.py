@@ -1,0 +1,168 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What measures depth: the values of `depth_strategy`. All but the first are there to compare with.
+
+| strategy | keeps the pairs | changes with the policy |
+| --- | --- | --- |
+| `gradient` | whose gradients lie nearest to the centres of their clusters: BPO | yes |
+| `gradient_farthest` | whose gradients lie farthest from them | yes |
+| `gradient_norm` | with the largest gradient, as estimated from its projection | yes |
+| `loss` | with the highest loss | yes |
+| `implicit_reward_margin_high`, `_low` | with the highest or lowest margin of the implicit rewards, `beta` times the difference of the log-ratios of policy and reference | yes |
+| `embedding` | whose text, the embeddings of prompt, chosen and rejected side by side, lies nearest to the centres | no |
+| `embedding_farthest` | whose text lies farthest from them | no |
+| `score_margin_high`, `_low` | with the highest or lowest `score_chosen - score_rejected` | no |
+| `longest` | with the longest chosen response, in tokens, as truncated | no |
+| `random` | drawn at random, anew at each selection | - |
+| `random_once` | drawn at random, the same at each selection | - |
+| `equal_per_prompt` | as many of each prompt, drawn at random once: the simple balance of breadth and depth | - |
+| `best_worst_per_prompt` | as many of each prompt, those with the highest `score_chosen - score_rejected` first | no |
+
+Each keeps exactly the budget. Clusters and `depth_scope` play a part in the strategies of gradients and embeddings only.
+"""
+
+import numpy as np
+from datasets import Dataset
+
+from .embedding import embed_texts, require_sentence_transformers
+from .pool import PairPool
+from .prompts import render_prompt
+from .responses import PairResponses
+
+
+_SCORE_COLUMNS = ("score_chosen", "score_rejected")
+
+
+def check_strategy(strategy: str, pairs: Dataset) -> None:
+    """
+    Refuse a strategy that lacks what it needs, before a model is loaded.
+
+    Args:
+        strategy (`str`):
+            Value of `depth_strategy`.
+        pairs ([`~datasets.Dataset`]):
+            The pairs.
+
+    Raises:
+        `ValueError`: If it goes by scores and a pair has none.
+        `ImportError`: If it goes by embeddings and sentence-transformers is not installed.
+    """
+    if strategy.startswith("embedding"):
+        require_sentence_transformers(f"`depth_strategy='{strategy}'`")
+    if not strategy.startswith(("score_margin", "best_worst")):
+        return
+    if missing := set(_SCORE_COLUMNS) - set(pairs.column_names):
+        raise ValueError(
+            f"`depth_strategy='{strategy}'` goes by the scores of both responses, but `train_dataset` has no "
+            f"{sorted(missing)} column. Score the responses first, or take another strategy."
+        )
+    for column in _SCORE_COLUMNS:
+        values = np.asarray(pairs[column], dtype=np.float64)
+        if len(rows := np.flatnonzero(~np.isfinite(values))):
+            raise ValueError(
+                f"`depth_strategy='{strategy}'` goes by the scores of both responses, but {len(rows)} of {len(values)} "
+                f"pairs have no finite `{column}`, first row {rows[0]}. Drop them first, or take another strategy."
+            )
+
+
+def draw_scores(pair_ids: list[str], seed: int, number: int) -> np.ndarray:
+    """
+    Random scores that depend on the ids and not on the order of the pairs.
+
+    Args:
+        pair_ids (`list[str]`):
+            Ids of the pairs.
+        seed (`int`):
+            Seed of the run.
+        number (`int`):
+            Number of the draw.
+
+    Returns:
+        `np.ndarray` of shape `(n_pairs,)`: Scores in [0, 1).
+    """
+    scores = np.empty(len(pair_ids))
+    order = np.argsort(np.asarray(pair_ids), kind="stable")
+    scores[order] = np.random.default_rng([seed, number]).random(len(pair_ids))
+    return scores
+
+
+def _in_turns(scores: np.ndarray, prompt_ids: list[str], seed: int) -> np.ndarray:
+    # Scores under which every prompt gets its best pair before any gets its second best. Where the budget ends within a
+    # turn, which prompts come first is drawn by prompt: by pair, those with many pairs would have many chances.
+    distinct, prompts = np.unique(prompt_ids, return_inverse=True)
+    order = np.lexsort((-scores, prompts))
+    turns = np.empty(len(scores), dtype=np.int64)
+    turns[order] = np.arange(len(scores)) - np.searchsorted(prompts[order], prompts[order])
+    return draw_scores(distinct.tolist(), seed, 0)[prompts] - turns
+
+
+def _embed_pairs(batch: dict[str, list], encoder: str) -> dict[str, np.ndarray]:
+    tools = batch.get("tools") or [None] * len(batch["prompt"])
+    texts = [render_prompt(prompt, tool) for prompt, tool in zip(batch["prompt"], tools, strict=True)]
+    for column in ("chosen", "rejected"):
+        texts += [render_prompt(response) for response in batch[column]]
+    embeddings, _ = embed_texts(texts, encoder)
+    return {"_embedding": np.concatenate(np.split(embeddings, 3), axis=1)}
+
+
+def measure_by_data(
+    strategy: str, pool: PairPool, responses: PairResponses, encoder: str, seed: int, number: int
+) -> np.ndarray:
+    """
+    What the data alone tell of each pair.
+
+    Args:
+        strategy (`str`):
+            Value of `depth_strategy`, one that does not change with the policy.
+        pool ([`PairPool`]):
+            The pairs.
+        responses ([`PairResponses`]):
+            Their responses.
+        encoder (`str`):
+            Sentence-transformers model id or path.
+        seed (`int`):
+            Seed of the run.
+        number (`int`):
+            Number of the selection, from 0.
+
+    Returns:
+        `np.ndarray`: Features of shape `(n_pairs, d)`, which are to be clustered, or scores of shape `(n_pairs,)`, of
+        which the highest are kept.
+    """
+    if strategy.startswith("embedding"):
+        columns = [name for name in ("prompt", "chosen", "rejected", "tools") if name in pool.pairs.column_names]
+        embedded = pool.pairs.select_columns(columns).map(
+            _embed_pairs,
+            batched=True,
+            fn_kwargs={"encoder": encoder},
+            remove_columns=columns,
+            desc="Embedding pairs",
+        )
+        return np.asarray(embedded.with_format("numpy")["_embedding"][:])
+    if strategy == "longest":
+        lengths = np.asarray([len(ids) for ids in responses.input_ids]) - np.asarray(responses.starts)
+        return lengths[responses.chosen].astype(np.float64)
+    if strategy == "random":
+        return draw_scores(pool.pair_ids, seed, number)
+    drawn = draw_scores(pool.pair_ids, seed, 0)
+    if strategy == "random_once":
+        return drawn
+    if strategy == "equal_per_prompt":
+        return _in_turns(drawn, pool.prompt_ids, seed)
+    chosen, rejected = (np.asarray(pool.pairs[column], dtype=np.float64) for column in _SCORE_COLUMNS)
+    if strategy == "best_worst_per_prompt":
+        return _in_turns(chosen - rejected, pool.prompt_ids, seed)
+    return chosen - rejected if strategy == "score_margin_high" else rejected - chosen
