@@ -27,10 +27,8 @@ from .feature_store import DTYPES
 
 FEATURES = ("pair", "sum", "chosen")
 # By what the policy makes of the pairs, which takes a pass over them at each selection, and by the data alone.
-POLICY_STRATEGIES = (
-    *("gradient", "gradient_farthest", "gradient_norm"),
-    *("loss", "implicit_reward_margin_high", "implicit_reward_margin_low"),
-)
+GRADIENT_STRATEGIES = ("gradient", "gradient_farthest", "gradient_norm")
+POLICY_STRATEGIES = (*GRADIENT_STRATEGIES, "loss", "implicit_reward_margin_high", "implicit_reward_margin_low")
 DATA_STRATEGIES = (
     *("embedding", "embedding_farthest", "score_margin_high", "score_margin_low", "longest"),
     *("random", "random_once", "equal_per_prompt", "best_worst_per_prompt"),

@@ -35,7 +35,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .bpo_config import POLICY_STRATEGIES, BPOConfig
+from .bpo_config import GRADIENT_STRATEGIES, POLICY_STRATEGIES, BPOConfig
 from .capture import target_modules
 from .card import CuratedCardData
 from .clustering import check_n_clusters
@@ -50,7 +50,7 @@ from .report import pairs_per_prompt
 from .responses import unique_responses
 from .sampler import ActivePairsSampler
 from .schedule import SelectionSchedule
-from .selection_state import load_header, load_selection_state, save_selection_state
+from .selection_state import load_header, load_selection_state, save_selection, save_selection_state
 from .strategies import check_strategy, draw_scores, measure_by_data
 
 
@@ -136,6 +136,10 @@ class BPOTrainer(DPOTrainer):
     _sampler: Any
     _selection_step: int
     _num_selections: int
+    _seen: np.ndarray
+    _num_seen: int
+    _last_step: int
+    _seconds_selecting: float
 
     _tag_names = ["trl", "bpo"]
     _name = "BPO"
@@ -202,7 +206,7 @@ class BPOTrainer(DPOTrainer):
         n_active = self._selector.check(self._pool.prompt_ids)
         self._sampler = ActivePairsSampler(n_active, args.seed if args.data_seed is None else args.data_seed)
         self._forget_selections()
-        if args.depth_strategy in POLICY_STRATEGIES[:3]:
+        if args.depth_strategy in GRADIENT_STRATEGIES:
             target_modules(self.accelerator.unwrap_model(self.model), args.gradient_layers)
             if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
                 raise ValueError(
@@ -243,8 +247,9 @@ class BPOTrainer(DPOTrainer):
     def _choose(self, measures: np.ndarray | None) -> DepthSelection:
         args, pool = self.args, self._pool
         if measures is None:
-            encoder, number = args.depth_encoder, self._num_selections
-            measures = measure_by_data(args.depth_strategy, pool, self._features.responses, encoder, args.seed, number)
+            responses = self._features.responses if args.depth_strategy == "longest" else None
+            options = {"encoder": args.depth_encoder, "seed": args.seed, "number": self._num_selections}
+            measures = measure_by_data(args.depth_strategy, pool, responses, **options)
         choose = self._selector.select if measures.ndim == 2 else self._selector.select_by_score
         return choose(measures, pool.pair_ids, pool.prompt_ids)
 
@@ -264,7 +269,7 @@ class BPOTrainer(DPOTrainer):
 
     def _measure_by_policy(self) -> np.ndarray | None:
         strategy = self.args.depth_strategy
-        if strategy in POLICY_STRATEGIES[:3]:
+        if strategy in GRADIENT_STRATEGIES:
             features = self._pair_features()
             return (
                 np.linalg.norm(features, axis=1) if features is not None and strategy == "gradient_norm" else features
@@ -323,11 +328,7 @@ class BPOTrainer(DPOTrainer):
         self._log_scalars(metrics)
         if self.args.should_save:
             folder = Path(str(self.args.output_dir)) / "_selections"
-            (folder / f"step-{step:06d}").mkdir(parents=True, exist_ok=True)
-            self.curated_dataset.to_parquet(folder / f"step-{step:06d}" / "train.parquet")
-            ids = self._pool.pairs.select_columns(["pair_id", "prompt_id"])
-            selection.annotate(ids).to_parquet(folder / f"step-{step:06d}.parquet")
-            (folder / f"step-{step:06d}.json").write_text(json.dumps({"step": step, **metrics}, indent=2) + "\n")
+            save_selection(folder / f"step-{step:06d}", selection, self._pool.pairs, {"step": step, **metrics})
         seconds = time.perf_counter() - started
         self._seconds_selecting += seconds
         logger.info(
@@ -362,9 +363,10 @@ class BPOTrainer(DPOTrainer):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         dataloader, accumulation = self.callback_handler.train_dataloader, self.args.gradient_accumulation_steps
         schedule, step = self._schedule(len(dataloader)), self.state.global_step
-        # With `auto_find_batch_size` training may start over, and lie behind its last selection.
-        if step < self._selection_step:
+        # With `auto_find_batch_size` training may start over.
+        if step < self._last_step:
             self._forget_selections()
+        self._last_step = step
         due = schedule.is_due(step, None if self.selection is None else self._selection_step)
         if due:
             self._select_at(step)
@@ -418,7 +420,7 @@ class BPOTrainer(DPOTrainer):
 
     def _forget_selections(self) -> None:
         self.selection = None
-        self._selection_step = self._num_selections = self._num_seen = 0
+        self._selection_step = self._num_selections = self._num_seen = self._last_step = 0
         self._seen = np.zeros(len(self._pool.pair_ids), dtype=bool)
         # Until the first selection the sampler yields a random subset.
         draw = draw_scores(self._pool.pair_ids, self.args.seed, 0)
@@ -537,6 +539,7 @@ class BPOTrainer(DPOTrainer):
         data = CuratedCardData(
             pretty_name=f"Pairs that BPO kept for {Path(str(self.args.output_dir)).name}",
             policy_model=None,
+            depth_strategy=self.args.depth_strategy,
             num_pairs=len(kept),
             num_prompts=len(set(kept)),
             funnel=[

@@ -50,9 +50,10 @@ _COLUMNS = {
     "breadth_distance": "Distance of the prompt's embedding to the centre of its cluster",
     "breadth_rank": "Rank of the prompt by that distance, the nearest first",
     "breadth_selected": "Whether the prompt was kept",
-    "depth_cluster": "Cluster of the pair's gradient feature",
-    "depth_distance": "Distance of the pair's gradient feature to the centre of its cluster",
-    "depth_rank": "Rank of the pair by that distance, the nearest first",
+    "depth_cluster": "Cluster of the pair's feature",
+    "depth_distance": "Distance of the pair's feature to the centre of its cluster",
+    "depth_score": "Score of the pair by which the highest were kept",
+    "depth_rank": "Rank of the pair: by that distance in its cluster, the nearest first, or by its score",
     "depth_selected": "Whether the pair was kept",
 }
 
@@ -91,6 +92,8 @@ class CuratedCardData:
             Repository that the card tells the reader to load. [`push_curated_dataset`] sets it.
         date (`str`, *optional*):
             When the data was made.
+        depth_strategy (`str`, *optional*, defaults to `"gradient"`):
+            What the pairs were selected by. Any other than that of the paper is named in the first lines of the card.
         funnel (`list[tuple[str, int, str]]`, *optional*, defaults to `[]`):
             Stage, rows kept and note, in the order of the stages.
         settings (`dict[str, Any]`, *optional*, defaults to `{}`):
@@ -121,6 +124,7 @@ class CuratedCardData:
     license: str | None = None
     repo_id: str | None = None
     date: str | None = None
+    depth_strategy: str = "gradient"
     funnel: list[tuple[str, int, str]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     setting_notes: dict[str, str] = field(default_factory=dict)
@@ -248,6 +252,7 @@ def create_dataset_card(
         template_path=str(_TEMPLATE),
         title=_text(data.pretty_name),
         config_name=config_name,
+        strategy=None if data.depth_strategy == "gradient" else _name(data.depth_strategy),
         overview_table=_table(("Property", "Value"), _overview(data)),
         funnel_table=_table(
             ("Stage", "Rows kept", "Note"),

@@ -12,13 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The state of the selection in a checkpoint: one small file, without pickle."""
+"""What a selection leaves on the disk: its files in `output_dir`, and its state in a checkpoint."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -27,6 +28,29 @@ from .depth import DepthSelection
 
 FILE_NAME = "bpo_selection.safetensors"
 _ARRAYS = ("clusters", "distances", "ranks", "scores")
+
+
+def save_selection(path: Path, selection: DepthSelection, pairs: Dataset, metrics: dict[str, float]) -> None:
+    """
+    Save a selection: the kept pairs with all columns as `{path}/train.parquet`, every pair with its ids and `depth_*`
+    columns as `{path}.parquet`, and the metrics as `{path}.json`.
+
+    Args:
+        path (`Path`):
+            Where to, without an ending.
+        selection ([`DepthSelection`]):
+            The selection.
+        pairs ([`~datasets.Dataset`]):
+            The pairs that were selected from, with `pair_id` and `prompt_id`.
+        metrics (`dict[str, float]`):
+            What was measured.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    annotated = selection.annotate(pairs)
+    annotated.select(np.flatnonzero(selection.selected)).to_parquet(path / "train.parquet")
+    columns = [name for name in annotated.column_names if name.startswith("depth_")]
+    annotated.select_columns(["pair_id", "prompt_id", *columns]).to_parquet(f"{path}.parquet")
+    Path(f"{path}.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 def save_selection_state(

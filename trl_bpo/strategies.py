@@ -119,7 +119,7 @@ def _embed_pairs(batch: dict[str, list], encoder: str) -> dict[str, np.ndarray]:
 
 
 def measure_by_data(
-    strategy: str, pool: PairPool, responses: PairResponses, encoder: str, seed: int, number: int
+    strategy: str, pool: PairPool, responses: PairResponses | None, *, encoder: str, seed: int, number: int
 ) -> np.ndarray:
     """
     What the data alone tell of each pair.
@@ -129,8 +129,8 @@ def measure_by_data(
             Value of `depth_strategy`, one that does not change with the policy.
         pool ([`PairPool`]):
             The pairs.
-        responses ([`PairResponses`]):
-            Their responses.
+        responses ([`PairResponses`], *optional*):
+            Their responses, for `longest`.
         encoder (`str`):
             Sentence-transformers model id or path.
         seed (`int`):
@@ -152,7 +152,7 @@ def measure_by_data(
             desc="Embedding pairs",
         )
         return np.asarray(embedded.with_format("numpy")["_embedding"][:])
-    if strategy == "longest":
+    if strategy == "longest" and responses is not None:
         lengths = np.asarray([len(ids) for ids in responses.input_ids]) - np.asarray(responses.starts)
         return lengths[responses.chosen].astype(np.float64)
     if strategy == "random":
