@@ -17,13 +17,15 @@ import torch
 from datasets import Dataset
 from pairs import IdentityProjection, config, pairs, relative_error
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from tiny import tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3MoeConfig
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_bpo.capture import target_modules
+from trl_bpo import BPOTrainer
+from trl_bpo.capture import stacked_weights, target_modules
 from trl_bpo.gradients import response_gradients
 from trl_bpo.projection import SparseProjection
 from trl_bpo.responses import PairResponses, deal, length_batches, pad_batch, unique_responses
@@ -207,7 +209,7 @@ def test_half_precision(tiny_dir):
 
 
 class Flattening(nn.Module):
-    """Runs a linear layer over tokens rather than over sequences, as the experts of a mixture do."""
+    """Runs a linear layer over the tokens of all rows in one line, as OPT does."""
 
     def __init__(self, linear):
         super().__init__()
@@ -217,10 +219,31 @@ class Flattening(nn.Module):
         return self.linear(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
-def test_a_layer_that_sees_no_rows_is_refused(tiny_dir):
+class Routing(Flattening):
+    """Runs a linear layer over some of the tokens, as an expert of a mixture does."""
+
+    def forward(self, x):
+        rest = super().forward(x[:, 1:])
+        return torch.cat([rest[:, :1], rest], dim=1)
+
+
+def replace_down_proj(model, cls):
+    name = "model.layers.0.mlp.down_proj"
+    model.model.layers[0].mlp.down_proj = cls(model.model.layers[0].mlp.down_proj)
+    return name
+
+
+def test_a_layer_that_sees_all_tokens_in_one_line(tiny_dir):
     model = load(tiny_dir, "full")
-    model.model.layers[0].mlp.down_proj = Flattening(model.model.layers[0].mlp.down_proj)
-    with pytest.raises(ValueError, match=r"`model.layers.0.mlp.down_proj.linear` does not see one row a response"):
+    expected = gradients(model, projection=IdentityProjection(target_modules(model)))[0]
+    replace_down_proj(model, Flattening)
+    assert relative_error(gradients(model, projection=IdentityProjection(target_modules(model)))[0], expected) < 1e-6
+
+
+def test_a_layer_that_sees_some_of_the_tokens_is_refused(tiny_dir):
+    model = load(tiny_dir, "full")
+    name = replace_down_proj(model, Routing)
+    with pytest.raises(ValueError, match=f"`{name}.linear` does not see one row a response"):
         gradients(model)
 
 
@@ -293,7 +316,7 @@ def test_batches_depend_on_the_responses_alone():
     assert [[backwards[i] for i in batch] for batch in length_batches(backwards, 20)] == batches
 
 
-def test_trainable_experts_are_refused():
+def test_trainable_experts_are_named():
     # Their weights are stacked in one parameter, behind which no hook of a linear layer fires.
     config = Qwen3MoeConfig(
         vocab_size=32,
@@ -308,10 +331,27 @@ def test_trainable_experts_are_refused():
         num_experts_per_tok=2,
     )
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="experts.*stacks several weights"):
-        target_modules(model)
+    assert stacked_weights(model) == [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    assert not any("experts" in name for name in target_modules(model)) and len(target_modules(model)) >= 4
     lora = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    assert len(target_modules(lora)) == 4
+    assert len(target_modules(lora)) == 4 and stacked_weights(lora) == []
+
+
+def test_adapters_of_experts_alone_have_no_gradient_to_select_by(tmp_path):
+    tokenizer = tiny_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    gpt_oss = GptOssConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes, **heads)
+    experts = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    trainer = BPOTrainer(
+        AutoModelForCausalLM.from_config(gpt_oss),
+        args=config(tmp_path),
+        train_dataset=pairs(2, 2),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(target_parameters=experts, target_modules=[]),
+    )
+    with pytest.raises(ValueError, match="None of the 4 trainable linear layers, such as .*experts"):
+        trainer.select_pairs()
 
 
 def test_layers_without_a_part_in_the_pass_are_named(tiny_dir, caplog):

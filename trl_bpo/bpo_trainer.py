@@ -36,7 +36,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .bpo_config import GRADIENT_STRATEGIES, POLICY_STRATEGIES, BPOConfig
-from .capture import target_modules
+from .capture import stacked_weights, target_modules
 from .card import CuratedCardData
 from .clustering import check_n_clusters
 from .depth import DepthSelection, DepthSelector
@@ -141,7 +141,7 @@ class BPOTrainer(DPOTrainer):
     _last_step: int
     _seconds_selecting: float
 
-    _tag_names = ["trl", "bpo"]
+    _tag_names = ["trl", "dpo", "bpo"]
     _name = "BPO"
     _paper = {
         "title": "BPO: Towards Balanced Preference Optimization between Knowledge Breadth and Depth in Alignment",
@@ -207,7 +207,13 @@ class BPOTrainer(DPOTrainer):
         self._sampler = ActivePairsSampler(n_active, args.seed if args.data_seed is None else args.data_seed)
         self._forget_selections()
         if args.depth_strategy in GRADIENT_STRATEGIES:
-            target_modules(self.accelerator.unwrap_model(self.model), args.gradient_layers)
+            policy = self.accelerator.unwrap_model(self.model)
+            covered = target_modules(policy, args.gradient_layers)
+            if stacked := stacked_weights(policy):
+                logger.warning(
+                    f"The gradient features cover {len(covered)} linear layers, but not {len(stacked)} trainable "
+                    f"parameters that stack several weights, such as `{stacked[0]}`."
+                )
             if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
                 raise ValueError(
                     "FSDP 1 flattens the weights, so that their gradients cannot be told apart. Set `fsdp_version: 2`."
@@ -248,8 +254,14 @@ class BPOTrainer(DPOTrainer):
         args, pool = self.args, self._pool
         if measures is None:
             responses = self._features.responses if args.depth_strategy == "longest" else None
-            options = {"encoder": args.depth_encoder, "seed": args.seed, "number": self._num_selections}
-            measures = measure_by_data(args.depth_strategy, pool, responses, **options)
+            measures = measure_by_data(
+                args.depth_strategy,
+                pool,
+                responses,
+                encoder=args.depth_encoder,
+                seed=args.seed,
+                number=self._num_selections,
+            )
         choose = self._selector.select if measures.ndim == 2 else self._selector.select_by_score
         return choose(measures, pool.pair_ids, pool.prompt_ids)
 
@@ -479,6 +491,8 @@ class BPOTrainer(DPOTrainer):
             # Each call starts with a selection, or with that of its checkpoint.
             self._forget_selections()
         output = super().train(*args, **kwargs)
+        # The abandoned iterators would keep their workers alive.
+        self._epoch_iterator, self._iterator = None, iter(())
         if self._sampler is not None and self.selection is not None:
             remove_stores(self._features_path, self.accelerator)
             # The model is not saved yet at this point, and it cost more than to save or push the dataset again does.

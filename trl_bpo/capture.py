@@ -56,7 +56,7 @@ def target_modules(model: PreTrainedModel | PeftModel, layers: Sequence[int] | N
     The linear layers whose gradients make up the features: those with a trainable weight.
 
     With LoRA these are the A and B factors. With full fine-tuning they are all linear layers of the backbone. Biases,
-    norms, embeddings, the LM head and the magnitudes of DoRA are left out.
+    norms, embeddings, the LM head and the magnitudes of DoRA are left out, and so is what [`stacked_weights`] gives.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -69,21 +69,8 @@ def target_modules(model: PreTrainedModel | PeftModel, layers: Sequence[int] | N
         `dict[str, nn.Linear]`: Modules by name.
 
     Raises:
-        `ValueError`: If there is none, if one of the layers has none, or if the experts of a Mixture-of-Experts layer
-            are trainable: their weights are stacked in one parameter, whose gradient cannot be told apart by response.
+        `ValueError`: If there is none, or if one of the layers has none.
     """
-    stacked = [
-        f"{name}.{parameter_name}" if name else parameter_name
-        for name, module in model.named_modules()
-        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        for parameter_name, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad and parameter.ndim > 2
-    ]
-    if stacked:
-        raise ValueError(
-            f"`{stacked[0]}` stacks several weights, as the experts of a Mixture-of-Experts layer do, and has no "
-            "per-response gradient here. Train other modules, or set `depth_fraction=1.0`."
-        )
     head = list(model.get_output_embeddings().modules()) if model.get_output_embeddings() is not None else []
     modules = {
         name: module
@@ -105,6 +92,27 @@ def target_modules(model: PreTrainedModel | PeftModel, layers: Sequence[int] | N
             f"{sorted(set(numbers.values()))}."
         )
     return {name: module for name, module in modules.items() if numbers.get(name) in layers}
+
+
+def stacked_weights(model: PreTrainedModel | PeftModel) -> list[str]:
+    """
+    Trainable parameters that stack several weights, as the experts of a Mixture-of-Experts layer do. No linear layer
+    runs over the tokens of a response there, so that their gradients cannot be told apart by response.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The policy.
+
+    Returns:
+        `list[str]`: Names of the parameters.
+    """
+    return [
+        f"{name}.{parameter_name}" if name else parameter_name
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        for parameter_name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad and parameter.ndim > 2
+    ]
 
 
 @contextmanager

@@ -222,10 +222,14 @@ def gradient_pass(
     # The head of sharded weights is fetched as training fetches it: after the other way ZeRO-3 would miss it there.
     fused_lm_head = with_sum_sq_probs or lockstep
     sketch = torch.empty(0)
+    n_rows = n_tokens = 0
     seen: set[str] = set()
 
     def consume(name: str, inputs: torch.Tensor, grad_outputs: torch.Tensor) -> None:
-        if inputs.shape[:1] + inputs.shape[2:-1] != sketch.shape[:1]:
+        if inputs.shape[:-1] == (n_rows * n_tokens,):
+            # Some models, such as OPT, have their layers run over the tokens of all rows in one line.
+            inputs, grad_outputs = (x.view(n_rows, n_tokens, -1) for x in (inputs, grad_outputs))
+        if inputs.ndim != 3 or len(inputs) != n_rows:
             raise ValueError(
                 f"`{name}` does not see one row a response but inputs of shape {tuple(inputs.shape)}, as the experts "
                 "of a Mixture-of-Experts model do: its gradient cannot be told apart by response. Leave it out of the "
@@ -239,11 +243,12 @@ def gradient_pass(
     with capture_gradients(model, modules, consume) as anchor, torch.enable_grad():
 
         def run(rows: list[int]) -> tuple[torch.Tensor, Pieces, Pieces | None]:
-            nonlocal sketch
+            nonlocal sketch, n_rows, n_tokens
             batch = collate(rows).to(model.device)
+            n_rows, n_tokens = batch.inputs["input_ids"].shape
             # Under autocast and with quantised weights, half precision is what the pass uses, not what it adds up in.
             dtype = torch.promote_types(model.dtype, torch.float32)
-            sketch = torch.zeros(len(batch.inputs["input_ids"]), projection.dim, device=model.device, dtype=dtype)
+            sketch = torch.zeros(n_rows, projection.dim, device=model.device, dtype=dtype)
             log_probs, log_sum_sq_probs = _run_model(model, batch, fused_lm_head)
             # The loss takes them to the CPU in one go.
             pieces = list(log_probs.detach().cpu().split(batch.lengths))
@@ -251,7 +256,14 @@ def gradient_pass(
             factors = torch.ones_like(log_probs)
             if weigh is not None:
                 factors = torch.cat(weigh(rows, pieces, sums)).to(log_probs)
-            torch.autograd.grad(log_probs, anchor, factors)
+            # It is unused where no layer ran, as adapters of expert weights, which PEFT never calls as layers.
+            (used,) = torch.autograd.grad(log_probs, anchor, factors, allow_unused=True)
+            if used is None:
+                raise ValueError(
+                    f"None of the {len(modules)} trainable linear layers, such as `{next(iter(modules))}`, takes part in a "
+                    "forward pass, so there is no gradient to select by. Adapt linear layers as well, or set "
+                    "`depth_fraction=1.0`."
+                )
             return sketch.cpu().view(len(rows), -1, projection.dim).sum(dim=1), pieces, sums
 
         # Where the weights are gathered from all processes, all of them run the pass that the estimate takes.
