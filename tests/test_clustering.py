@@ -207,3 +207,56 @@ def test_gaussian_does_not_depend_on_row_order():
     assert gaussian_variance_explained(features, ids.tolist(), 4) == gaussian_variance_explained(
         features[order], ids[order].tolist(), 4
     )
+
+
+def test_the_farthest():
+    labels, distances, ids = [0] * 4 + [1] * 2, [4, 1, 3, 2, 9, 8], list("abcdef")
+    clustering = from_labels(labels, distances, ids)
+    kept = nearest_to_centre(clustering, ids, 3, farthest=True)
+    # Two of the four and one of the two, as the nearest would be.
+    assert kept.tolist() == [True, False, True, False, True, False]
+    assert nearest_to_centre(clustering, ids, 3).tolist() == [False, True, False, True, False, True]
+    overall = nearest_to_centre(clustering, ids, 3, "overall", farthest=True)
+    assert overall.tolist() == [True, False, False, False, True, True]
+
+
+@pytest.mark.parametrize("n", [1, 2, 12, 37])
+def test_exactly_the_budget_of_the_farthest(n):
+    features, ids = np.random.default_rng(n).standard_normal((n, 5)), ids_of(n)
+    for n_clusters in {None, 1, min(3, n), n}:
+        clustering = cluster(features, ids, n_clusters)
+        for n_keep in {1, n // 2 or 1, n - 1 or 1, n}:
+            near, far = (nearest_to_centre(clustering, ids, n_keep, farthest=farthest) for farthest in (False, True))
+            assert near.sum() == far.sum() == n_keep
+            for label in np.unique(clustering.labels):
+                own = clustering.labels == label
+                # As many of each cluster, and from the other end.
+                assert near[own].sum() == far[own].sum()
+                left = own & ~far
+                if left.any() and (own & far).any():
+                    assert clustering.distances[own & far].min() >= clustering.distances[left].max()
+            far = nearest_to_centre(clustering, ids, n_keep, "overall", farthest=True)
+            assert far.sum() == n_keep
+            if n_keep < n:
+                assert clustering.distances[far].min() >= clustering.distances[~far].max()
+
+
+@pytest.mark.parametrize("n_keep", [3, 6])
+def test_half_and_its_opposite_are_all(n_keep):
+    clustering = from_labels([0] * 12, np.arange(12) % 5, ids_of(12))
+    near = nearest_to_centre(clustering, ids_of(12), n_keep)
+    far = nearest_to_centre(clustering, ids_of(12), 12 - n_keep, farthest=True)
+    # Among equal distances the ranks decide as well, so that no row is both near and far.
+    assert np.array_equal(near, ~far)
+
+
+@pytest.mark.parametrize("scope", ["per_cluster", "overall"])
+def test_row_order_does_not_matter_to_the_farthest(scope):
+    rng = np.random.default_rng(0)
+    features, ids = rng.standard_normal((60, 6)), np.asarray(ids_of(60))
+    features[10:20] = features[0]
+    first = cluster(features, ids.tolist(), 5)
+    kept = set(ids[nearest_to_centre(first, ids.tolist(), 20, scope, farthest=True)])
+    order = rng.permutation(60)
+    again = cluster(features[order], ids[order].tolist(), 5)
+    assert set(ids[order][nearest_to_centre(again, ids[order].tolist(), 20, scope, farthest=True)]) == kept

@@ -259,3 +259,213 @@ def test_annotate():
     assert np.array_equal(annotated["depth_selected"], selection.selected)
     assert annotated["depth_cluster"][2] == annotated["depth_rank"][2] == -1
     assert np.isnan(annotated["depth_distance"][2])
+
+
+# The farthest
+
+
+@pytest.mark.parametrize("scope", ["per_cluster", "overall"])
+def test_farthest_is_the_other_end(scope):
+    features, pair_ids, prompt_ids = pool()
+    near, far = (
+        DepthSelector(0.5, scope=scope, farthest=farthest).select(features, pair_ids, prompt_ids)
+        for farthest in (False, True)
+    )
+    # Only what is kept differs: ranks still count from the nearest.
+    for name in ("clusters", "distances", "ranks"):
+        assert np.array_equal(getattr(near, name), getattr(far, name)), name
+    assert near.selected.sum() == far.selected.sum() == 15
+    assert near.distances[near.selected].mean() < far.distances[far.selected].mean()
+    if scope == "overall":
+        assert np.array_equal(near.selected, ~far.selected)
+    else:
+        for label in np.unique(far.clusters):
+            own = far.clusters == label
+            n_kept = far.selected[own].sum()
+            assert set(far.ranks[own & far.selected]) == set(range(own.sum() - n_kept, own.sum()))
+
+
+@pytest.mark.parametrize("scope", ["per_cluster", "overall"])
+def test_floor_of_the_farthest(scope):
+    features, pair_ids, prompt_ids = pool()
+    selector = DepthSelector(1 / 3, scope=scope, farthest=True, min_pairs_per_prompt=1)
+    selection = selector.select(features, pair_ids, prompt_ids)
+    # The budget is one a prompt, and what a prompt has to keep is its farthest pair.
+    farthest = [rows[np.argmax(selection.distances[rows])] for rows in np.arange(30).reshape(10, 3)]
+    assert np.flatnonzero(selection.selected).tolist() == farthest
+
+
+# Norms
+
+
+def test_ratio_of_the_norms():
+    features, pair_ids, prompt_ids = pool()
+    features *= np.linspace(0.5, 4, 30, dtype=np.float32)[:, None]
+    features[7] = 0
+    selection = DepthSelector(0.4).select(features, pair_ids, prompt_ids)
+    norms = np.linalg.norm(features.astype(np.float64), axis=1)
+    expected = norms[selection.selected].mean() / norms[~selection.selected].mean()
+    assert selection.metrics["norm_kept_over_dropped"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_ratio_of_the_norms_without_what_is_not_finite():
+    features, pair_ids, prompt_ids = pool()
+    features[7, 0] = np.inf
+    selection = DepthSelector(0.4).select(features, pair_ids, prompt_ids)
+    norms = np.linalg.norm(features.astype(np.float64), axis=1)
+    dropped = ~selection.selected & (np.arange(30) != 7)
+    expected = norms[selection.selected].mean() / norms[dropped].mean()
+    assert selection.metrics["norm_kept_over_dropped"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_no_ratio_where_nothing_was_dropped():
+    features, pair_ids, prompt_ids = pool()
+    assert "norm_kept_over_dropped" not in DepthSelector(1.0).select(features, pair_ids, prompt_ids).metrics
+    # Nor where what was dropped has no norm.
+    features[15:] = 0
+    assert "norm_kept_over_dropped" not in DepthSelector(0.5).select(features, pair_ids, prompt_ids).metrics
+
+
+# By scores
+
+
+def test_the_highest_scores_are_kept():
+    _, pair_ids, prompt_ids = pool()
+    scores = np.random.default_rng(0).permutation(30).astype(np.float32)
+    selection = DepthSelector(0.4).select_by_score(scores, pair_ids, prompt_ids)
+    assert np.array_equal(selection.selected, scores >= 18)
+    assert np.array_equal(selection.ranks, 29 - scores)
+    assert np.array_equal(selection.scores, scores) and selection.scores.dtype == np.float64
+    assert selection.clusters is None and selection.distances is None
+    kept = Counter(np.asarray(prompt_ids)[selection.selected])
+    assert selection.metrics == {
+        "active_pairs": 12.0,
+        "pairs_per_prompt_mean": 12 / len(kept),
+        "pairs_per_prompt_max": float(max(kept.values())),
+        "prompts_without_pair": 10.0 - len(kept),
+        "not_finite": 0.0,
+    }
+    assert all(type(value) is float for value in selection.metrics.values())
+
+
+@pytest.mark.parametrize("n", [1, 2, 12, 37])
+def test_exactly_the_budget_by_score(n):
+    _, pair_ids, prompt_ids = pool(n)
+    # Many are equal, and zero is a score like any other.
+    scores = np.random.default_rng(0).integers(-1, 2, n)
+    for fraction in (0.01, 0.3, 0.5, 1.0):
+        selection = DepthSelector(fraction).select_by_score(scores, pair_ids, prompt_ids)
+        assert selection.selected.sum() == selection.metrics["active_pairs"] == budget(fraction, n)
+        assert sorted(selection.ranks) == list(range(n))
+
+
+def test_equal_scores_go_by_id():
+    pair_ids = ["d", "b", "a", "c"]
+    selection = DepthSelector(0.5).select_by_score(np.array([1.0, 1, 1, 2]), pair_ids, ["p"] * 4)
+    assert selection.selected.tolist() == [False, False, True, True]
+    assert selection.ranks.tolist() == [3, 2, 1, 0]
+
+
+def test_row_order_does_not_matter_to_scores():
+    _, pair_ids, prompt_ids = pool()
+    rng = np.random.default_rng(0)
+    scores, order = rng.integers(0, 4, 30).astype(float), rng.permutation(30)
+    selector = DepthSelector(0.4, min_pairs_per_prompt=1)
+    first = selector.select_by_score(scores, pair_ids, prompt_ids)
+    again = selector.select_by_score(scores[order], [pair_ids[i] for i in order], [prompt_ids[i] for i in order])
+    for name in ("selected", "ranks", "scores"):
+        assert np.array_equal(getattr(again, name), getattr(first, name)[order]), name
+    assert again.metrics == first.metrics
+
+
+def test_what_plays_no_part_by_score():
+    _, pair_ids, prompt_ids = pool()
+    scores = np.random.default_rng(0).standard_normal(30)
+    plain = DepthSelector(0.4).select_by_score(scores, pair_ids, prompt_ids)
+    for options in ({"farthest": True}, {"scope": "overall"}, {"n_clusters": 30}, {"normalize": False}, {"seed": 1}):
+        selection = DepthSelector(0.4, **options).select_by_score(scores, pair_ids, prompt_ids)
+        assert np.array_equal(selection.selected, plain.selected), options
+
+
+@pytest.mark.parametrize("floor", [1, 2, 5])
+def test_floor_by_score(floor):
+    _, pair_ids, _ = pool()
+    prompt_ids = ["a"] * 10 + ["b"] * 2 + ["c"] * 18
+    # Those of the last prompt are the highest.
+    scores = np.arange(30.0)
+    selection = DepthSelector(0.4, min_pairs_per_prompt=floor).select_by_score(scores, pair_ids, prompt_ids)
+    kept = [np.flatnonzero(selection.selected & (np.asarray(prompt_ids) == prompt)).tolist() for prompt in "abc"]
+    few = min(floor, 2)
+    assert kept == [list(range(10 - floor, 10)), list(range(12 - few, 12)), list(range(18 + floor + few, 30))]
+    # The rank is that of the score alone.
+    assert selection.ranks.tolist() == list(range(30))[::-1]
+
+
+def test_floor_beyond_the_budget_by_score():
+    _, pair_ids, prompt_ids = pool()
+    with pytest.raises(ValueError, match="`min_pairs_per_prompt=2` needs 20 pairs"):
+        DepthSelector(0.5, min_pairs_per_prompt=2).select_by_score(np.zeros(30), pair_ids, prompt_ids)
+    with pytest.raises(ValueError, match="no pair to select from"):
+        DepthSelector(0.5).select_by_score(np.zeros(0), [], [])
+
+
+def test_scores_that_are_not_finite_are_named_and_left_out(caplog):
+    _, pair_ids, prompt_ids = pool()
+    scores = np.arange(30.0)
+    scores[[28, 29, 3]] = np.nan, np.inf, -np.inf
+    selection = DepthSelector(0.5, min_pairs_per_prompt=1).select_by_score(scores, pair_ids, prompt_ids)
+    broken = [3, 28, 29]
+    named = ", ".join(f"{pair_ids[row]} (row {row})" for row in broken)
+    assert f"scores of 3 of 30 pairs are not finite: {named}. They are left out" in caplog.text
+    assert not selection.selected[broken].any() and selection.selected.sum() == 15
+    assert selection.ranks[broken].tolist() == [-1] * 3 and selection.metrics["not_finite"] == 3
+    assert sorted(np.delete(selection.ranks, broken)) == list(range(27))
+    assert np.array_equal(selection.scores, scores, equal_nan=True)
+
+
+def test_many_scores_that_are_not_finite_stop_the_selection():
+    _, pair_ids, prompt_ids = pool()
+    scores = np.arange(30.0)
+    scores[:4] = np.nan
+    with pytest.raises(
+        ValueError, match=r"scores of 4 of 30 pairs are not finite: .*\(row 3\)\. Look for an overflow"
+    ):
+        DepthSelector(0.5).select_by_score(scores, pair_ids, prompt_ids)
+    # A tenth of them may be.
+    scores[3] = 0
+    assert DepthSelector(0.5).select_by_score(scores, pair_ids, prompt_ids).metrics["not_finite"] == 3
+
+
+def test_fewer_scores_than_the_budget():
+    _, pair_ids, prompt_ids = pool()
+    scores = np.arange(30.0)
+    scores[0] = np.nan
+    selection = DepthSelector(1.0).select_by_score(scores, pair_ids, prompt_ids)
+    assert selection.selected.tolist() == [False] + [True] * 29 and selection.metrics["active_pairs"] == 29
+
+
+def test_annotate_by_score():
+    _, pair_ids, prompt_ids = pool(12)
+    selection = DepthSelector(0.5).select_by_score(np.arange(12.0), pair_ids, prompt_ids)
+    dataset = Dataset.from_dict({"pair_id": pair_ids, "text": prompt_ids})
+    annotated = selection.annotate(dataset)
+    assert annotated.column_names == ["pair_id", "text", "depth_score", "depth_rank", "depth_selected"]
+    assert annotated.features["depth_score"].dtype == "float64" and annotated["depth_score"][:] == list(range(12))
+    # Columns of the other kind do not stay behind.
+    features, _, _ = pool(12)
+    clusters = DepthSelector(0.5).select(features, pair_ids, prompt_ids)
+    assert selection.annotate(clusters.annotate(dataset)).column_names == annotated.column_names
+    assert clusters.annotate(annotated).column_names == clusters.annotate(dataset).column_names
+
+
+def test_summary():
+    features, pair_ids, prompt_ids = pool()
+    clusters = DepthSelector(0.5).select(features, pair_ids, prompt_ids)
+    metrics = clusters.metrics
+    counts = f"at most {metrics['pairs_per_prompt_max']:.0f} a prompt, {metrics['prompts_without_pair']:.0f} prompts with none"
+    explained = (metrics["variance_explained"], metrics["variance_explained_gaussian"])
+    assert clusters.summary == f"{counts}; variance explained {explained[0]:.3f}, of a Gaussian {explained[1]:.3f}"
+    # The first 3 of 10 prompts keep their 9 pairs.
+    scores = DepthSelector(0.3).select_by_score(-np.arange(30.0), pair_ids, prompt_ids)
+    assert scores.summary == "at most 3 a prompt, 7 prompts with none"
+    assert repr(scores).startswith("DepthSelection(9 of 30 pairs, metrics={'active_pairs': 9.0")

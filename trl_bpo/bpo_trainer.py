@@ -287,14 +287,16 @@ class BPOTrainer(DPOTrainer):
                 np.linalg.norm(features, axis=1) if features is not None and strategy == "gradient_norm" else features
             )
         losses, margins = self._with_store(lambda folder: self._features.losses_and_margins(folder))
-        # One nat of the difference of two sums over tokens is within the rounding of half precision.
-        if np.nanmax(np.abs(margins), initial=0.0) < self.beta:
+        values = losses if strategy == "loss" else margins if strategy.endswith("_high") else -margins
+        # Rounding of the difference of two sums over tokens, in nats.
+        half = self.model.dtype.itemsize < 4 or self.accelerator.mixed_precision != "no"
+        if np.nanmax(values) - np.nanmin(values) < self.beta * (1.0 if half else 1e-2):
             logger.warning(
-                "The policy hardly differs from its reference yet, so that the implicit rewards that "
-                f"`depth_strategy='{strategy}'` goes by are little but rounding. Set `first_selection_step` to train on a "
-                "random subset first."
+                f"What `depth_strategy='{strategy}'` goes by hardly differs between the pairs, and may be little but "
+                "rounding, as where the policy is still its reference. Set `first_selection_step` to train on a random "
+                "subset first."
             )
-        return losses if strategy == "loss" else margins if strategy.endswith("_high") else -margins
+        return values
 
     @property
     def _features_path(self) -> Path:

@@ -47,6 +47,7 @@ from .clustering import (
 
 logger = logging.getLogger(__name__)
 
+DEPTH_COLUMNS = ("depth_cluster", "depth_distance", "depth_score", "depth_rank", "depth_selected")
 # The Gaussian costs a matrix product of (n, n) by (n, d), so a larger pool is compared by a sample of it.
 _GAUSSIAN_ROWS = 4096
 # A few pairs may overflow. Where more than this share does, the model is broken and so is what is left.
@@ -113,15 +114,9 @@ class DepthSelection:
         Returns:
             [`~datasets.Dataset`]: All pairs, with the columns of the module's table.
         """
-        columns = {
-            "depth_cluster": self.clusters,
-            "depth_distance": self.distances,
-            "depth_score": self.scores,
-            "depth_rank": self.ranks,
-            "depth_selected": self.selected,
-        }
-        dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
-        for name, values in columns.items():
+        columns = (self.clusters, self.distances, self.scores, self.ranks, self.selected)
+        dataset = dataset.remove_columns([name for name in DEPTH_COLUMNS if name in dataset.column_names])
+        for name, values in zip(DEPTH_COLUMNS, columns, strict=True):
             if values is not None:
                 dataset = dataset.add_column(name, values)
         return dataset

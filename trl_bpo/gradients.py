@@ -65,6 +65,8 @@ def _run_model(
     def hook(_: nn.Module, args: tuple, output: Any) -> Any:
         hidden = output.last_hidden_state
         rows, columns = batch.positions
+        # Prompt tuning puts virtual tokens in front.
+        columns = columns + hidden.shape[1] - batch.inputs["input_ids"].shape[1]
         output.last_hidden_state = hidden[rows.to(hidden.device), columns.to(hidden.device)].unsqueeze(0)
         return output
 

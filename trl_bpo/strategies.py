@@ -99,11 +99,11 @@ def draw_scores(pair_ids: list[str], seed: int, number: int) -> np.ndarray:
     return scores
 
 
-def _in_turns(scores: np.ndarray, prompt_ids: list[str], seed: int) -> np.ndarray:
+def _in_turns(scores: np.ndarray, pool: PairPool, seed: int) -> np.ndarray:
     # Scores under which every prompt gets its best pair before any gets its second best. Where the budget ends within a
     # turn, which prompts come first is drawn by prompt: by pair, those with many pairs would have many chances.
-    distinct, prompts = np.unique(prompt_ids, return_inverse=True)
-    order = np.lexsort((-scores, prompts))
+    distinct, prompts = np.unique(pool.prompt_ids, return_inverse=True)
+    order = np.lexsort((np.asarray(pool.pair_ids), -scores, prompts))
     turns = np.empty(len(scores), dtype=np.int64)
     turns[order] = np.arange(len(scores)) - np.searchsorted(prompts[order], prompts[order])
     return draw_scores(distinct.tolist(), seed, 0)[prompts] - turns
@@ -161,8 +161,8 @@ def measure_by_data(
     if strategy == "random_once":
         return drawn
     if strategy == "equal_per_prompt":
-        return _in_turns(drawn, pool.prompt_ids, seed)
+        return _in_turns(drawn, pool, seed)
     chosen, rejected = (np.asarray(pool.pairs[column], dtype=np.float64) for column in _SCORE_COLUMNS)
     if strategy == "best_worst_per_prompt":
-        return _in_turns(chosen - rejected, pool.prompt_ids, seed)
+        return _in_turns(chosen - rejected, pool, seed)
     return chosen - rejected if strategy == "score_margin_high" else rejected - chosen

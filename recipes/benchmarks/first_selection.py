@@ -67,6 +67,7 @@ class FirstSelectionArguments(ScriptArguments):
         default=None, metadata={"help": "Policy. If None, the one of the quickstart."}
     )
     num_pairs: int = field(default=300, metadata={"help": "Pairs, the first ones."})
+    pairs_per_step: int = field(default=8, metadata={"help": "Pairs an optimizer step."})
     max_length: int = field(default=256, metadata={"help": "Tokens to which prompt and answer are cut."})
     learning_rates: list[float] = field(
         default_factory=lambda: [5e-6, 1e-4], metadata={"help": "Learning rates, constant after the first step."}
@@ -144,7 +145,8 @@ def main(args: FirstSelectionArguments) -> None:
                 reselect_every_epochs=0,
                 max_length=args.max_length,
                 max_steps=max(args.at) + 1,
-                per_device_train_batch_size=8,
+                per_device_train_batch_size=args.pairs_per_step,
+                gradient_checkpointing=False,
                 learning_rate=learning_rate,
                 lr_scheduler_type="constant",
                 model_init_kwargs={"dtype": "float32"},
