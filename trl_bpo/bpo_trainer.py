@@ -377,6 +377,9 @@ class BPOTrainer(DPOTrainer):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         dataloader, accumulation = self.callback_handler.train_dataloader, self.args.gradient_accumulation_steps
         schedule, step = self._schedule(len(dataloader)), self.state.global_step
+        if step >= self.state.max_steps:
+            # A run that was over within an epoch when it was resumed. `Trainer` would take one step more.
+            return [], None
         # With `auto_find_batch_size` training may start over.
         if step < self._last_step:
             self._forget_selections()
