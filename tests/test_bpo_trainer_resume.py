@@ -107,6 +107,15 @@ def test_resuming_a_run_that_is_over(tiny_dir, tmp_path):
     assert resumed.curated_dataset.to_dict() == whole.curated_dataset.to_dict()
 
 
+def test_resuming_a_run_that_was_over_within_an_epoch(tiny_dir, tmp_path):
+    # `Trainer` itself would train one step more, and at a boundary of the schedule select as well.
+    kwargs = {"max_steps": 8, "reselect_every_steps": 4}
+    whole = run(tiny_dir, tmp_path / "whole", **kwargs)
+    resumed = run(tiny_dir, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-8", **kwargs)
+    assert resumed.batches == resumed.selections == []
+    compare(resumed, whole, 8)
+
+
 def test_resuming_from_the_last_checkpoint(tiny_dir, tmp_path):
     whole = run(tiny_dir, tmp_path / "whole", reselect_every_steps=3, num_train_epochs=2)
     for step in range(7, 11):

@@ -379,6 +379,7 @@ class BPOTrainer(DPOTrainer):
         schedule, step = self._schedule(len(dataloader)), self.state.global_step
         if step >= self.state.max_steps:
             # A run that was over within an epoch when it was resumed. `Trainer` would take one step more.
+            self.control.should_training_stop = True
             return [], None
         # With `auto_find_batch_size` training may start over.
         if step < self._last_step:
