@@ -65,6 +65,8 @@ def main(model_dir, folder):
         "sigmoid": (make(model_dir, folder / "sigmoid", save_strategy="steps", save_steps=1), {}),
         "ipo": (make(model_dir, folder / "ipo", loss_type="ipo", max_steps=1), {}),
         "resumed": (make(model_dir, folder / "resumed"), {"resume_from_checkpoint": str(folder / "sigmoid" / "checkpoint-5")}),
+        # Each process takes one of the two pairs of a batch, and each third step ends an epoch within a selection.
+        "split": (make(model_dir, folder / "split", accelerator_config={"split_batches": True}), {}),
         "failing": (make(model_dir, folder / "failing"), {}),
     }  # fmt: skip
     trainers["failing"][0]._selector = FailingSelector(0.5)

@@ -334,6 +334,23 @@ def test_looking_at_a_batch_before_training(tiny_dir, tmp_path):
     assert len(trainer.curated_dataset) == 9
 
 
+class SelectsOnTheWay(TrainerCallback):
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        assert self.trainer.select_pairs() is not self.trainer.selection
+
+
+def test_selecting_in_training_changes_nothing(tiny_dir, tmp_path):
+    trainers = [make(tiny_dir, tmp_path / name, cls=RecordingTrainer, reselect_every_steps=3) for name in "ab"]
+    trainers[1].add_callback(SelectsOnTheWay(trainers[1]))
+    for trainer in trainers:
+        trainer.train()
+    assert trainers[1].batches == trainers[0].batches
+    assert trainers[1].curated_dataset.to_dict() == trainers[0].curated_dataset.to_dict()
+
+
 class LooksAtABatch(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
@@ -351,28 +368,49 @@ def test_looking_at_a_batch_in_training(tiny_dir, tmp_path):
 
 
 class OutOfMemoryOnce(RecordingTrainer):
+    out_of_memory_at = 3
+
     def compute_loss(self, *args, **kwargs):
-        if self.state.global_step == 3 and self._train_batch_size == 4:
+        if self.state.global_step == self.out_of_memory_at and self._train_batch_size == 4:
             raise RuntimeError("CUDA out of memory.")
         return super().compute_loss(*args, **kwargs)
 
 
-def test_training_that_starts_over_with_a_smaller_batch(tiny_dir, tmp_path):
+@pytest.mark.parametrize("schedule", [{"reselect_every_steps": 2}, {"reselect_every_epochs": 0}], ids=str)
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_training_that_starts_over_with_a_smaller_batch(tiny_dir, tmp_path, at, schedule):
     trainer = make(
         tiny_dir,
         tmp_path,
         cls=OutOfMemoryOnce,
         auto_find_batch_size=True,
         per_device_train_batch_size=4,
-        reselect_every_steps=2,
+        **schedule,
     )
+    trainer.out_of_memory_at = at
     trainer.train()
-    size = trainer._train_batch_size
-    assert size < 4 and [step for step, _ in trainer.selections] == [0, 2, *range(0, trainer.state.max_steps, 2)]
-    again, selections = trainer.batches[3:], trainer.selections[2:]
+    size, every = trainer._train_batch_size, schedule.get("reselect_every_steps", 100)
+    before, expected = range(0, at + 1, every), range(0, trainer.state.max_steps, every)
+    assert size < 4 and [step for step, _ in trainer.selections] == [*before, *expected]
+    again, selections = trainer.batches[at:], trainer.selections[len(before) :]
     for step, rows in again:
         assert set(rows) <= [selected for at, selected in selections if at <= step][-1]
     assert sum(len(rows) for _, rows in again) == 18
+    for log in trainer.state.log_history:
+        if "bpo/unique_pairs" in log:
+            assert log["bpo/unique_pairs"] == len({row for step, rows in again if step < log["step"] for row in rows})
+
+
+def test_a_resumed_training_that_starts_over_with_a_smaller_batch(tiny_dir, tmp_path):
+    kwargs = {"per_device_train_batch_size": 4, "reselect_every_epochs": 0}
+    make(tiny_dir, tmp_path, save_strategy="steps", save_steps=4, **kwargs).train()
+    trainer = make(tiny_dir, tmp_path, cls=OutOfMemoryOnce, auto_find_batch_size=True, **kwargs)
+    trainer.out_of_memory_at = 5
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    # Both times it goes on with the selection of the checkpoint.
+    assert trainer.selections == [] and trainer._train_batch_size < 4
+    kept = set(np.flatnonzero(trainer.selection.selected))
+    assert trainer.batches and all(set(rows) <= kept for _, rows in trainer.batches)
 
 
 def test_selection_does_not_depend_on_row_order(tiny_dir, tmp_path):
@@ -545,12 +583,13 @@ def test_pairs_without_a_gradient_are_counted_and_left_out(tiny_dir, tmp_path):
     assert logged == [4, 4]
 
 
-def test_fewer_gradients_than_the_budget(tiny_dir, tmp_path):
+def test_fewer_gradients_than_the_budget(tiny_dir, tmp_path, caplog):
     rows = pairs().to_list()
     for row in rows[5:]:
         row["rejected"] = row["chosen"]
     trainer = make(tiny_dir, tmp_path, Dataset.from_list(rows), cls=RecordingTrainer, reselect_every_steps=3)
     trainer.train()
+    assert "Only 5 pairs could be selected, fewer than the budget of 9" in caplog.text
     # An epoch is as long as the budget says, so the pairs that are left are used more than once.
     assert trainer.state.global_step == 10
     assert {row for _, rows in trainer.batches for row in rows} == {0, 1, 2, 3, 4}
@@ -735,7 +774,23 @@ def test_overridden_methods_have_the_signature_of_the_parent():
             assert named == list(parent), name
         else:  # the rest is handed on
             assert named == list(parent)[: len(named)], name
-    assert functions["train"] and list(inspect.signature(BPOTrainer.train).parameters) == ["self", "args", "kwargs"]
+    # What it hands on goes by position or by name, whatever it is; only that there is nothing more is certain.
+    assert list(inspect.signature(DPOTrainer.train).parameters) == [
+        *("self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
+    ]
+    told = inspect.getdoc(BPOTrainer).partition("and why:")[2].partition("Each selection is saved")[0]
+    assert set(re.findall(r"`(\w+)`(?:, `(\w+)`)?:", told)) and overridden == {
+        name for line in re.findall(r"^- (.*?):", told, flags=re.M) for name in re.findall(r"`(\w+)`", line)
+    }
+
+
+def test_what_is_relied_on_is_there(tiny_dir, tmp_path):
+    # Attributes of the parents that have no signature to compare.
+    trainer = make(tiny_dir, tmp_path, max_steps=1)
+    trainer.train()
+    for name in ("_metrics", "_tokenizer", "_train_batch_size", "beta", "use_weighting", "precompute_ref_logps"):
+        assert hasattr(trainer, name), name
+    assert trainer.callback_handler.train_dataloader.total_batch_size == 2
 
 
 def test_the_published_script_of_trl_with_two_names_replaced(tiny_dir, tmp_path):
@@ -787,6 +842,7 @@ def test_what_is_logged_is_of_one_selection_and_of_the_selected_pairs(tiny_dir, 
     trainer = make(tiny_dir, tmp_path, reselect_every_steps=2, logging_steps=1000)
     trainer.train()
     assert trainer.num_examples(trainer.get_train_dataloader()) == 9
+    assert trainer.num_examples(trainer.get_eval_dataloader(trainer.train_dataset)) == 18
     logged = trainer.state.log_history[-1]
     for name, value in trainer.selection.metrics.items():
         assert logged[f"bpo/{name}"] == value

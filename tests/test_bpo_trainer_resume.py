@@ -19,6 +19,7 @@ import torch
 from pairs import config, pairs
 from peft import LoraConfig
 from recording import RecordingTrainer
+from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from trl_bpo import BPOConfig, BPOTrainer
@@ -144,6 +145,29 @@ def test_another_budget_is_refused(tiny_dir, tmp_path):
         run(tiny_dir, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-2", depth_fraction=0.8)
 
 
+@pytest.mark.parametrize(("option", "value"), [("seed", 7), ("data_seed", 3), ("depth_strategy", "longest")])
+def test_another_order_is_refused(tiny_dir, tmp_path, option, value):
+    run(tiny_dir, tmp_path / "whole", num_train_epochs=1)
+    with pytest.raises(
+        ValueError, match=rf"had `{option}=.*, this one has `{option}={value!r}`\. Resume with the value"
+    ):
+        run(tiny_dir, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-2", **{option: value})
+
+
+def test_batches_that_are_behind_are_not_collated_again(tiny_dir, tmp_path):
+    kwargs = {"reselect_every_steps": 12, "first_selection_step": 1, "num_train_epochs": 3}
+    whole = run(tiny_dir, tmp_path / "whole", dataset=pairs(8, 3), **kwargs)
+    trainer = RecordingTrainer(
+        tiny_dir, args=config(tmp_path / "resumed", **kwargs), train_dataset=pairs(8, 3), peft_config=LoraConfig(r=2)
+    )
+    collated, collate = [], trainer.data_collator
+    trainer.data_collator = lambda examples: collated.append(len(examples)) or collate(examples)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    compare(trainer, whole, 5)
+    # One is read ahead, and each selection within an epoch throws away what was.
+    assert len(collated) <= len(trainer.batches) + 4
+
+
 def test_a_checkpoint_of_a_run_without_selection(tiny_dir, tmp_path):
     whole = run(tiny_dir, tmp_path / "whole", num_train_epochs=2, save_steps=2)
     for step in (2, 4):
@@ -245,6 +269,25 @@ def test_steps_before_the_first_selection(tiny_dir, tmp_path, schedule):
             tiny_dir, tmp_path / "resumed", checkpoint, first_selection_step=7, save_strategy="no", **schedule
         )
         compare(resumed, whole, step)
+
+
+def test_random_pairs_are_not_those_of_the_steps_before(tiny_dir, tmp_path):
+    options = {"first_selection_step": 5, "depth_strategy": "random", "num_train_epochs": 2}
+    trainer = run(tiny_dir, tmp_path, **options)
+    assert trainer.active(5) != {row for step, rows in trainer.batches if step < 5 for row in rows}
+
+
+def test_training_that_ends_before_the_first_selection(tiny_dir, tmp_path, caplog):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    trainer = RecordingTrainer(
+        tiny_dir, args=config(tmp_path, first_selection_step=7), train_dataset=pairs(), callbacks=[Stop()]
+    )
+    trainer.train()
+    assert trainer.selections == [] and "Training ended before the first selection, at step 7" in caplog.text
+    assert not (tmp_path / "_curated_dataset").exists()
 
 
 def test_a_first_selection_that_is_never_reached(tiny_dir, tmp_path):

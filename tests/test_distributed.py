@@ -85,6 +85,17 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(processes):
             assert torch.equal(resumed["weights"][name], value), name
 
 
+def test_batches_that_are_split(processes):
+    first, second = (process["split"] for process in processes)
+    # Nine pairs in batches of two, one each: five steps an epoch, and a selection at each second.
+    assert first["steps"] == 10 and [step for step, _ in first["selections"]] == [0, 2, 4, 6, 8]
+    assert first["selections"] == second["selections"]
+    for (step, rows), (_, other_rows) in zip(first["batches"], second["batches"], strict=True):
+        assert len(rows) == len(other_rows) == 1
+        assert {*rows, *other_rows} <= dict(first["selections"])[step - step % 2]
+        assert step % 5 == 4 or rows != other_rows
+
+
 def test_an_error_of_the_main_process_reaches_all(processes):
     assert [process["failing"]["error"] for process in processes] == ["no clusters today"] * 2
 

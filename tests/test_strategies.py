@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ from trl_bpo.capture import target_modules
 from trl_bpo.embedding import embed_texts
 from trl_bpo.pool import PairPool, identify_pairs
 from trl_bpo.responses import unique_responses
-from trl_bpo.strategies import check_strategy, draw_scores, measure_by_data
+from trl_bpo.strategies import check_strategy, draw_scores, measure_by_data, measure_by_policy
 
 
 CLUSTERED = ("gradient", "gradient_farthest", "embedding", "embedding_farthest")
@@ -58,7 +59,9 @@ def make_pool(tmp_path):
 
 
 def measure(strategy, pool, responses=None, encoder="", seed=0, number=0):
-    return measure_by_data(strategy, pool, responses, encoder=encoder, seed=seed, number=number)
+    args = SimpleNamespace(depth_strategy=strategy, depth_encoder=encoder, seed=seed)
+    features = SimpleNamespace(responses=responses)
+    return measure_by_data(SimpleNamespace(args=args, _pool=pool, _features=features, _num_selections=number))
 
 
 def highest(scores, n):
@@ -296,12 +299,12 @@ def test_embeddings_are_cached(make_pool, tmp_path, encoder):
         return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("cache-*.arrow")}
 
     first, files = features(3), cached()
-    assert first.shape == (3, 1152) and len(files) == 3  # prompts, ids and embeddings
+    assert first.shape == (3, 1152) and len(files) == 4  # prompts, ids, what the filter left, and embeddings
     # Another selection, and another run, embed nothing.
     for _ in range(2):
         assert np.array_equal(features(3), first) and cached() == files
     # Other pairs do.
-    assert features(2).shape == (2, 1152) and len(cached()) == 4
+    assert features(2).shape == (2, 1152) and len(cached()) == 6
 
 
 # In a trainer
@@ -443,7 +446,7 @@ def check_against_trl(trainer, packed, tolerance):
     expected = {"loss": losses, "implicit_reward_margin_high": margins, "implicit_reward_margin_low": -margins}
     for strategy, values in expected.items():
         trainer.args.depth_strategy = strategy
-        measured = trainer._measure_by_policy()
+        measured = measure_by_policy(trainer)
         assert measured.dtype == np.float64
         np.testing.assert_allclose(measured, values, rtol=tolerance, atol=tolerance)
     header = json.loads((trainer._features_path / "step-000000" / "part-00000.json").read_text())
@@ -585,11 +588,11 @@ def test_norm_is_that_of_the_gradient_of_the_loss(tiny_dir, tmp_path, dataset, o
     perturb(trainer.model)
     expected = direct(trainer).norm(dim=1).numpy()
     assert expected.std() > 0.1 * expected.mean()
-    sketched = trainer._measure_by_policy()
+    sketched = measure_by_policy(trainer)
     # The sketch has 2048 entries, so that a norm is off by a few percent.
     np.testing.assert_allclose(sketched, expected, rtol=0.2)
     trainer.select_pairs()  # which clears what was kept
-    measured = exact(trainer)._measure_by_policy()
+    measured = measure_by_policy(exact(trainer))
     np.testing.assert_allclose(measured, expected, rtol=1e-4)
     trainer.select_pairs()
     selection = trainer.selection

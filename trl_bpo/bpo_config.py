@@ -230,4 +230,10 @@ class BPOConfig(DPOConfig):
                         f"`{name}={getattr(self, name)!r}` does not go with selection: {reason}. Unset it, or set "
                         "`depth_fraction=1.0` to train without selection."
                     )
+            parallelism = self.parallelism_config
+            if parallelism is not None and max(parallelism.tp_size, parallelism.cp_size, parallelism.sp_size) > 1:
+                raise ValueError(
+                    "Tensor, context and sequence parallelism do not go with selection: each process has to see whole "
+                    "responses and layers. Use FSDP 2 or ZeRO-3, or set `depth_fraction=1.0` to train without selection."
+                )
         super().__post_init__()

@@ -17,17 +17,16 @@
 import json
 import textwrap
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate import skip_first_batches
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
@@ -35,23 +34,21 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .bpo_config import GRADIENT_STRATEGIES, POLICY_STRATEGIES, BPOConfig
+from .bpo_config import DATA_STRATEGIES, GRADIENT_STRATEGIES, POLICY_STRATEGIES, BPOConfig
 from .capture import stacked_weights, target_modules
-from .card import CuratedCardData
+from .card import CuratedCardData, card_data_of_run
 from .clustering import check_n_clusters
 from .depth import DepthSelection, DepthSelector
-from .feature_store import StoreMismatchError
 from .hub import push_curated_dataset, save_curated_dataset
-from .pair_features import PairFeatures, remove_stores
+from .pair_features import PairFeatures, on_main_process, remove_stores
 from .pool import PairPool, identify_pairs, open_truncated_responses
 from .preconditioning import check_second_moment
 from .projection import SparseProjection
-from .report import pairs_per_prompt
 from .responses import unique_responses
 from .sampler import ActivePairsSampler
 from .schedule import SelectionSchedule
 from .selection_state import load_header, load_selection_state, save_selection, save_selection_state
-from .strategies import check_strategy, draw_scores, measure_by_data
+from .strategies import check_strategy, draw_scores, measure_by_data, measure_by_policy
 
 
 if TYPE_CHECKING:
@@ -60,7 +57,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-T = TypeVar("T")
+# With another value a resumed run would not find its place in the selection.
+_RESUMED_WITH = ("depth_strategy", "seed", "data_seed")
 
 
 class BPOTrainer(DPOTrainer):
@@ -77,11 +75,13 @@ class BPOTrainer(DPOTrainer):
 
     Overridden methods of [`~trl.DPOTrainer`] and of [`~transformers.Trainer`], and why:
 
+    - `__init__`: refuses what cannot work while pairs are selected, and numbers the pairs.
     - `_prepare_dataset`: a response that was cut at the token limit (`chosen_truncated`, `rejected_truncated`) gets no
       end of turn, since the policy never wrote one.
     - `_get_train_sampler`: yields the selected pairs.
     - `num_examples`: counts the selected pairs, so that the logged throughput is theirs.
-    - `get_batch_samples`: selects at the boundary of an optimizer step, before the first batch of the step is drawn.
+    - `get_batch_samples`: selects at the boundary of an optimizer step, before the first batch of the step is drawn, and
+      takes no step after the last, where a run that was over is resumed.
     - `_save_checkpoint`, `_load_optimizer_and_scheduler`: the selection is saved and restored with a checkpoint.
     - `train`: saves and pushes the curated dataset when training ends.
 
@@ -90,9 +90,9 @@ class BPOTrainer(DPOTrainer):
     `_selections/step-*.json`. The pairs of the last one are saved with their card as `_curated_dataset`. The leading
     underscore keeps your data out of the model repository when you push the model.
 
-    Callbacks that have a method `on_selection(args, state, control, **kwargs)` get it called on every process after each
-    selection in training, before the first of its batches is drawn. Beside the arguments of every event of
-    [`~transformers.TrainerCallback`], `selection` is the [`DepthSelection`] and `pair_ids` the ids of the pairs it kept.
+    Callbacks that have a method `on_selection(args, state, control, selection, pair_ids)` get it called on every process
+    after each selection in training, before the first of its batches is drawn: with the [`DepthSelection`], and with the
+    ids of the pairs it kept. What it returns plays no part.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -133,12 +133,12 @@ class BPOTrainer(DPOTrainer):
     model: Any
     train_dataset: Any
     _pool: Any
-    _sampler: Any
     _selection_step: int
     _num_selections: int
     _seen: np.ndarray
     _num_seen: int
-    _last_step: int
+    _run_state: Any
+    _started: float
     _seconds_selecting: float
 
     _tag_names = ["trl", "dpo", "bpo"]
@@ -177,7 +177,7 @@ class BPOTrainer(DPOTrainer):
         self.selection: DepthSelection | None = None
         self.curated_card_fields: dict[str, Any] = {}
         self._pool: PairPool | None = None
-        self._sampler: ActivePairsSampler | None = None
+        self._sampler: Any = None
         self._epoch_iterator: Iterator | None = None
         self._iterator: Iterator = iter(())
         self._selector = DepthSelector(
@@ -206,6 +206,10 @@ class BPOTrainer(DPOTrainer):
         n_active = self._selector.check(self._pool.prompt_ids)
         self._sampler = ActivePairsSampler(n_active, args.seed if args.data_seed is None else args.data_seed)
         self._forget_selections()
+        if args.depth_strategy in POLICY_STRATEGIES and self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError(
+                "FSDP 1 flattens the weights, so that their gradients cannot be told apart. Set `fsdp_version: 2`."
+            )
         if args.depth_strategy in GRADIENT_STRATEGIES:
             policy = self.accelerator.unwrap_model(self.model)
             covered = target_modules(policy, args.gradient_layers)
@@ -213,10 +217,6 @@ class BPOTrainer(DPOTrainer):
                 logger.warning(
                     f"The gradient features cover {len(covered)} linear layers, but not {len(stacked)} trainable "
                     f"parameters that stack several weights, such as `{stacked[0]}`."
-                )
-            if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-                raise ValueError(
-                    "FSDP 1 flattens the weights, so that their gradients cannot be told apart. Set `fsdp_version: 2`."
                 )
             if args.precondition_gradients:
                 check_second_moment(self)
@@ -232,7 +232,8 @@ class BPOTrainer(DPOTrainer):
         Select pairs under the current policy. Training calls this on its schedule; it also works without training, and
         then [`~BPOTrainer.curated_dataset`] is what was kept.
 
-        Under several processes all of them must call it. They share the responses, and all get the same selection.
+        Under several processes all of them must call it. They share the responses, and all get the same selection. In
+        training, a call of yours changes nothing about what is trained on.
 
         Returns:
             [`DepthSelection`]: The selection over the rows of `train_dataset`.
@@ -244,59 +245,22 @@ class BPOTrainer(DPOTrainer):
         """
         if self._pool is None:
             raise ValueError("`depth_fraction=1.0` keeps every pair, so there is nothing to select. Set it below 1.0.")
-        by_policy = self._measure_by_policy() if self.args.depth_strategy in POLICY_STRATEGIES else None
-        self.selection = self._on_main_process(lambda: self._choose(by_policy))
+        strategy = self.args.depth_strategy
+        if self.selection is not None and strategy in DATA_STRATEGIES and strategy != "random":
+            # It does not change.
+            return self.selection
+        by_policy = measure_by_policy(self) if strategy in POLICY_STRATEGIES else None
+
+        def select() -> DepthSelection:
+            measures = measure_by_data(self) if by_policy is None else by_policy
+            choose = self._selector.select if measures.ndim == 2 else self._selector.select_by_score
+            return choose(measures, self._pool.pair_ids, self._pool.prompt_ids)
+
+        selection = on_main_process(self.accelerator, select)
         if not self.is_in_train:
             remove_stores(self._features_path, self.accelerator)
-        return self.selection
-
-    def _choose(self, measures: np.ndarray | None) -> DepthSelection:
-        args, pool = self.args, self._pool
-        if measures is None:
-            responses = self._features.responses if args.depth_strategy == "longest" else None
-            measures = measure_by_data(
-                args.depth_strategy,
-                pool,
-                responses,
-                encoder=args.depth_encoder,
-                seed=args.seed,
-                number=self._num_selections,
-            )
-        choose = self._selector.select if measures.ndim == 2 else self._selector.select_by_score
-        return choose(measures, pool.pair_ids, pool.prompt_ids)
-
-    def _on_main_process(self, function: Callable[[], T]) -> T:
-        # Only one process decides, and all take its answer: ranks that disagree in one pair would train on different
-        # data. Its error is shared as well, since the others would wait for it forever.
-        outcome: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                outcome[0] = function()
-            except Exception as error:
-                outcome[1] = error
-        broadcast_object_list(outcome, from_process=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
-
-    def _measure_by_policy(self) -> np.ndarray | None:
-        strategy = self.args.depth_strategy
-        if strategy in GRADIENT_STRATEGIES:
-            features = self._pair_features()
-            return (
-                np.linalg.norm(features, axis=1) if features is not None and strategy == "gradient_norm" else features
-            )
-        losses, margins = self._with_store(lambda folder: self._features.losses_and_margins(folder))
-        values = losses if strategy == "loss" else margins if strategy.endswith("_high") else -margins
-        # Rounding of the difference of two sums over tokens, in nats.
-        half = self.model.dtype.itemsize < 4 or self.accelerator.mixed_precision != "no"
-        if np.nanmax(values) - np.nanmin(values) < self.beta * (1.0 if half else 1e-2):
-            logger.warning(
-                f"What `depth_strategy='{strategy}'` goes by hardly differs between the pairs, and may be little but "
-                "rounding, as where the policy is still its reference. Set `first_selection_step` to train on a random "
-                "subset first."
-            )
-        return values
+            self.selection = selection
+        return selection
 
     @property
     def _features_path(self) -> Path:
@@ -310,29 +274,13 @@ class BPOTrainer(DPOTrainer):
         return PairFeatures(self, responses, normalize)
 
     def _pair_features(self) -> np.ndarray | None:
-        return self._with_store(lambda folder: self._features.compute(self._projection, folder))
-
-    def _with_store(self, compute: Callable[[Path], T]) -> T:
-        step = self.state.global_step
-        # The store of this selection serves a run that is killed and started again, until the next selection has its own.
-        folder = self._features_path / f"step-{step:06d}"
-        try:
-            result = compute(folder)
-        except StoreMismatchError as error:
-            # Steps that were trained again need not give the same bits on a GPU. All else is for the user to decide.
-            # The folder of the process that failed, by its name: they may have one each.
-            trained_again = step > 0 and folder.name in error.folder.parts
-            if not trained_again or not set(error.differing) <= {"model", "second_moment"}:
-                raise
-            logger.warning(f"{error} Steps that were trained again may differ so, and they are computed anew.")
-            remove_stores(folder, self.accelerator)
-            result = compute(folder)
-        remove_stores(self._features_path, self.accelerator, keep=folder)
-        return result
+        return self._features.at_this_step(
+            self._features_path, lambda folder: self._features.compute(self._projection, folder)
+        )
 
     def _select_at(self, step: int) -> None:
         started, previous = time.perf_counter(), self.selection
-        selection = self.select_pairs()
+        self.selection = selection = self.select_pairs()
         self._selection_step, self._num_selections = step, self._num_selections + 1
         self._sampler.set_rows(np.flatnonzero(selection.selected), self._num_selections)
         metrics = dict(selection.metrics)
@@ -340,6 +288,12 @@ class BPOTrainer(DPOTrainer):
             kept, kept_before = selection.selected, previous.selected
             metrics["overlap"] = float((kept & kept_before).sum() / (kept | kept_before).sum())
         self._log_scalars(metrics)
+        if metrics["active_pairs"] < len(self._sampler):
+            logger.warning(
+                f"Only {metrics['active_pairs']:.0f} pairs could be selected, fewer than the budget of {len(self._sampler)}: "
+                "the others have no gradient, or one that is not finite. Some of those selected are used more than once an "
+                "epoch."
+            )
         if self.args.should_save:
             folder = Path(str(self.args.output_dir)) / "_selections"
             save_selection(folder / f"step-{step:06d}", selection, self._pool.pairs, {"step": step, **metrics})
@@ -367,7 +321,11 @@ class BPOTrainer(DPOTrainer):
 
     # The parent counts the whole dataset, for the log and for `train_samples_per_second`.
     def num_examples(self, dataloader: Any) -> int:  # noqa: D102
-        return super().num_examples(dataloader) if self._sampler is None else len(self._sampler)
+        batch_sampler = dataloader.batch_sampler
+        # Under several processes that of each is wrapped around the one of all.
+        sampler = getattr(getattr(batch_sampler, "batch_sampler", batch_sampler), "sampler", None)
+        ours = self._sampler is not None and sampler is self._sampler
+        return len(self._sampler) if ours else super().num_examples(dataloader)
 
     # The parent draws the batches of one optimizer step. This is the only place that all processes pass between two
     # steps, before the batches of the next one are drawn: a callback would be one prefetched batch late. The iterator of
@@ -375,16 +333,19 @@ class BPOTrainer(DPOTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:  # noqa: D102
         if self._sampler is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
-        dataloader, accumulation = self.callback_handler.train_dataloader, self.args.gradient_accumulation_steps
-        schedule, step = self._schedule(len(dataloader)), self.state.global_step
+        dataloader: Any = self.callback_handler.train_dataloader
+        accumulation = self.args.gradient_accumulation_steps
+        schedule, step = self._schedule(dataloader), self.state.global_step
         if step >= self.state.max_steps:
             # A run that was over within an epoch when it was resumed. `Trainer` would take one step more.
             self.control.should_training_stop = True
             return [], None
-        # With `auto_find_batch_size` training may start over.
-        if step < self._last_step:
+        if self.state is not self._run_state:
+            # A new run, or with `auto_find_batch_size` one that starts over with the weights as they are.
+            if self._run_state is not None:
+                remove_stores(self._features_path, self.accelerator)
             self._forget_selections()
-        self._last_step = step
+            self._run_state = self.state
         due = schedule.is_due(step, None if self.selection is None else self._selection_step)
         if due:
             self._select_at(step)
@@ -403,23 +364,29 @@ class BPOTrainer(DPOTrainer):
             # `Trainer` itself skips the batches that a resumed epoch has behind it.
             self._iterator = epoch_iterator
             if opened > epoch_start:
-                self._iterator = iter(dataloader)
+                self._iterator = iter(skip_first_batches(dataloader, (step - opened) * accumulation))
                 # To open an iterator takes a number from the global random state. When `Trainer` resumes, it restores
                 # that state after this call.
                 with torch.random.fork_rng(devices=[]):
-                    batches = [next(self._iterator) for _ in range((step - opened) * accumulation + 1)]
-                self._iterator = chain(batches[-1:], self._iterator)
+                    first = next(self._iterator)
+                self._iterator = chain([first], self._iterator)
         position = schedule.rows_before(step) - schedule.rows_before(self._selection_step)
         rows = np.unique(self._sampler.rows_at(position, schedule.rows_of(step)))
         self._num_seen += int((~self._seen[rows]).sum())
         self._seen[rows] = True
         elapsed = time.perf_counter() - self._started
         self._log_scalars({"unique_pairs": self._num_seen, "selection_time_share": self._seconds_selecting / elapsed})
-        return super().get_batch_samples(self._iterator, num_batches, device)
+        batches, num_items = super().get_batch_samples(self._iterator, num_batches, device)
+        if not batches:
+            # `Trainer` would pass over the steps of the rest of the epoch without a word.
+            raise RuntimeError(
+                f"There is no batch left for step {step}, in the middle of an epoch. Please report this."
+            )
+        return batches, num_items
 
-    def _schedule(self, batches_per_epoch: int) -> SelectionSchedule:
-        args, n_active = self.args, len(self._sampler)
-        rows_per_batch = self._train_batch_size * self.accelerator.num_processes
+    def _schedule(self, dataloader: Any) -> SelectionSchedule:
+        args, n_active, batches_per_epoch = self.args, len(self._sampler), len(dataloader)
+        rows_per_batch = dataloader.total_batch_size
         schedule = SelectionSchedule(
             first=args.first_selection_step,
             every_steps=args.reselect_every_steps,
@@ -438,12 +405,14 @@ class BPOTrainer(DPOTrainer):
 
     def _forget_selections(self) -> None:
         self.selection = None
-        self._selection_step = self._num_selections = self._num_seen = self._last_step = 0
+        self._selection_step = self._num_selections = self._num_seen = 0
         self._seen = np.zeros(len(self._pool.pair_ids), dtype=bool)
-        # Until the first selection the sampler yields a random subset.
-        draw = draw_scores(self._pool.pair_ids, self.args.seed, 0)
-        subset = self._selector.select_by_score(draw, self._pool.pair_ids, self._pool.prompt_ids)
-        self._sampler.set_rows(np.flatnonzero(subset.selected), 0)
+        rows = np.arange(len(self._seen))
+        if self.args.first_selection_step > 0:
+            draw = draw_scores(self._pool.pair_ids, self.args.seed, 0)
+            subset = self._selector.select_by_score(draw, self._pool.pair_ids, self._pool.prompt_ids)
+            rows = np.flatnonzero(subset.selected)
+        self._sampler.set_rows(rows, 0)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._sampler is not None and self.args.should_save:
@@ -452,6 +421,7 @@ class BPOTrainer(DPOTrainer):
                 "budget": len(self._sampler),
                 "selection_step": self._selection_step,
                 "num_selections": self._num_selections,
+                **{name: getattr(self.args, name) for name in _RESUMED_WITH},
             }
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             save_selection_state(folder, self.selection, self._seen, header)
@@ -475,6 +445,14 @@ class BPOTrainer(DPOTrainer):
                 f"The run in {checkpoint} trained on {header['budget']} pairs, but `depth_fraction` now stands for "
                 f"{len(self._sampler)}. Resume with the `depth_fraction` of that run."
             )
+        for name in _RESUMED_WITH:
+            if header[name] != getattr(self.args, name):
+                raise ValueError(
+                    f"The run in {checkpoint} had `{name}={header[name]!r}`, this one has `{name}="
+                    f"{getattr(self.args, name)!r}`. Resume with the value of that run, or start anew without "
+                    "`resume_from_checkpoint`."
+                )
+        self._run_state = self.state
         self.selection, self._seen = load_selection_state(checkpoint, len(self._pool.pair_ids))
         self._num_seen = int(self._seen.sum())
         self._selection_step, self._num_selections = header["selection_step"], header["num_selections"]
@@ -492,14 +470,16 @@ class BPOTrainer(DPOTrainer):
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        self._started, self._seconds_selecting = time.perf_counter(), 0.0
+        self._started, self._seconds_selecting, self._run_state = time.perf_counter(), 0.0, None
         if self._sampler is not None:
             # Each call starts with a selection, or with that of its checkpoint.
             self._forget_selections()
         output = super().train(*args, **kwargs)
         # The abandoned iterators would keep their workers alive.
         self._epoch_iterator, self._iterator = None, iter(())
-        if self._sampler is not None and self.selection is not None:
+        if self._sampler is not None and self.selection is None:
+            logger.warning(f"Training ended before the first selection, at step {self.args.first_selection_step}.")
+        elif self._sampler is not None:
             remove_stores(self._features_path, self.accelerator)
             # The model is not saved yet at this point, and it cost more than to save or push the dataset again does.
             try:
@@ -509,8 +489,7 @@ class BPOTrainer(DPOTrainer):
                     self.push_curated_dataset()
             except Exception as error:
                 logger.error(
-                    f"The curated dataset could not be saved in {self._curated_path} or could not be pushed to "
-                    f"{self.args.curated_dataset_hub_id}: {error}. It is in `trainer.curated_dataset` and, by its ids, in "
+                    f"The curated dataset could not be saved in {self._curated_path}, or not be pushed: {error}. It is in `trainer.curated_dataset` and, by its ids, in "
                     "`_selections`; call `push_curated_dataset()` to push it again.",
                     exc_info=True,
                 )
@@ -529,7 +508,7 @@ class BPOTrainer(DPOTrainer):
             raise ValueError(
                 "Nothing has been selected yet. Call `train()` or `select_pairs()` first, with `depth_fraction` below 1.0."
             )
-        return self.selection.annotate(self._pool.pairs).select(np.flatnonzero(self.selection.selected))
+        return self.selection.kept(self._pool.pairs)
 
     def curated_card_data(self) -> CuratedCardData:
         """
@@ -538,40 +517,15 @@ class BPOTrainer(DPOTrainer):
         Returns:
             [`CuratedCardData`]: The data of the card.
         """
-        kept = list(map(str, self.curated_dataset["prompt_id"]))
-        options = ["depth_fraction", "depth_strategy", "depth_clusters", "depth_scope", "min_pairs_per_prompt"]
-        options += ["depth_feature", "normalize_gradients", "gradient_layers", "precondition_gradients"]
-        options += ["first_selection_step", "reselect_every_epochs", "reselect_every_steps"]
-        model_name = get_config_model_id(self.model.config)
-        fields = dict(self.curated_card_fields)
-        # Pairs that were built from saved scores say who gave them.
-        judges = list(self.curated_dataset["judge"]) if "judge" in self.curated_dataset.column_names else []
-        if judges and isinstance(judges[0], str) and all(judge == judges[0] for judge in judges):
-            fields.setdefault("judge", judges[0])
-        funnel = fields.pop("funnel", [("pairs", self._pool.num_given, "as they came in")])
-        if dropped := self._pool.num_given - len(self._pool.pairs):
-            funnel = [
-                *funnel,
-                ("pairs that fit", len(self._pool.pairs), f"{dropped} whose prompt fills `max_length` dropped"),
-            ]
-        settings = {"model": Path(model_name).name if Path(model_name).is_dir() else model_name}
-        settings |= {name: getattr(self.args, name) for name in (*options, "projection_dim", "seed")}
-        data = CuratedCardData(
-            pretty_name=f"Pairs that BPO kept for {Path(str(self.args.output_dir)).name}",
-            policy_model=None,
-            depth_strategy=self.args.depth_strategy,
-            num_pairs=len(kept),
-            num_prompts=len(set(kept)),
-            funnel=[
-                *funnel,
-                ("pairs kept (depth)", len(kept), f"by {self.args.depth_strategy} at step {self._selection_step}"),
-            ],
-            settings=fields.pop("settings", {}) | settings,
-            setting_notes=dict.fromkeys(options, "not specified by the paper"),
-            metrics=dict(self.selection.metrics) if self.selection else {},
-            pairs_per_prompt=pairs_per_prompt(self._pool.prompt_ids, kept),
+        return card_data_of_run(
+            self.curated_dataset,
+            self._pool,
+            self.selection,
+            self._selection_step,
+            self.args,
+            get_config_model_id(self.model.config),
+            self.curated_card_fields,
         )
-        return replace(data, **fields)
 
     def push_curated_dataset(self, repo_id: str | None = None) -> str | None:
         """

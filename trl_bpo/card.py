@@ -28,7 +28,7 @@ from huggingface_hub import (
     DatasetCardData,
 )
 
-from .report import gini
+from .report import gini, pairs_per_prompt
 
 
 _TEMPLATE = Path(__file__).parent / "templates" / "dataset_card.md"
@@ -290,3 +290,62 @@ def create_dataset_card(
         + ("apply beside the licence named above." if data.license else "apply; the publisher has to set a licence."),
         versions_table=_table(("Package", "Version"), [(_name(k), _name(v)) for k, v in data.versions.items()]),
     )
+
+
+def card_data_of_run(
+    dataset: Dataset,
+    pool: Any,
+    selection: Any,
+    step: int,
+    args: Any,
+    model_name: str,
+    fields: dict[str, Any],
+) -> CuratedCardData:
+    """
+    What a training knows of its curated dataset, for the card.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The curated pairs.
+        pool ([`PairPool`]):
+            The pairs that they were selected from.
+        selection ([`DepthSelection`]):
+            The selection.
+        step (`int`):
+            Optimizer step of the selection.
+        args ([`BPOConfig`]):
+            Arguments of the run.
+        model_name (`str`):
+            Name or path of the policy. Of a path only the last part is shown.
+        fields (`dict[str, Any]`):
+            Fields of [`CuratedCardData`] that a training cannot know. They add to those of `funnel` and `settings` and
+            replace the others.
+
+    Returns:
+        [`CuratedCardData`]: The data of the card.
+    """
+    kept, fields = list(map(str, dataset["prompt_id"])), dict(fields)
+    options = ["depth_fraction", "depth_strategy", "depth_clusters", "depth_scope", "min_pairs_per_prompt"]
+    options += ["depth_feature", "normalize_gradients", "gradient_layers", "precondition_gradients"]
+    options += ["first_selection_step", "reselect_every_epochs", "reselect_every_steps"]
+    # Pairs that were built from saved scores say who gave them.
+    judges = list(dataset["judge"]) if "judge" in dataset.column_names else []
+    if judges and isinstance(judges[0], str) and all(judge == judges[0] for judge in judges):
+        fields.setdefault("judge", judges[0])
+    funnel = list(fields.pop("funnel", [("pairs", pool.num_given, "as they came in")]))
+    if dropped := pool.num_given - len(pool.pairs):
+        funnel.append(("pairs that fit", len(pool.pairs), f"{dropped} whose prompt fills `max_length` dropped"))
+    settings = {"model": Path(model_name).name if Path(model_name).is_dir() else model_name}
+    settings |= {name: getattr(args, name) for name in (*options, "projection_dim", "seed")}
+    data = CuratedCardData(
+        pretty_name=f"Pairs that BPO kept for {Path(str(args.output_dir)).name}",
+        depth_strategy=args.depth_strategy,
+        num_pairs=len(kept),
+        num_prompts=len(set(kept)),
+        funnel=[*funnel, ("pairs kept (depth)", len(kept), f"by {args.depth_strategy} at step {step}")],
+        settings=fields.pop("settings", {}) | settings,
+        setting_notes=dict.fromkeys(options, "not specified by the paper"),
+        metrics=dict(selection.metrics),
+        pairs_per_prompt=pairs_per_prompt(pool.prompt_ids, kept),
+    )
+    return dataclasses.replace(data, **fields)

@@ -114,11 +114,28 @@ class DepthSelection:
         Returns:
             [`~datasets.Dataset`]: All pairs, with the columns of the module's table.
         """
+        return self._with_columns(dataset, slice(None))
+
+    def kept(self, dataset: Dataset) -> Dataset:
+        """
+        The pairs that were kept, with the columns of the module's table.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                The pairs that were selected from, in the order of the selection.
+
+        Returns:
+            [`~datasets.Dataset`]: Those that were kept.
+        """
+        rows = np.flatnonzero(self.selected)
+        return self._with_columns(dataset.select(rows), rows)
+
+    def _with_columns(self, dataset: Dataset, rows: np.ndarray | slice) -> Dataset:
         columns = (self.clusters, self.distances, self.scores, self.ranks, self.selected)
         dataset = dataset.remove_columns([name for name in DEPTH_COLUMNS if name in dataset.column_names])
         for name, values in zip(DEPTH_COLUMNS, columns, strict=True):
             if values is not None:
-                dataset = dataset.add_column(name, values)
+                dataset = dataset.add_column(name, values[rows])
         return dataset
 
 

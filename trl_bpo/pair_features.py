@@ -26,7 +26,7 @@ takes, where they are kept, and what is made of them.
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, broadcast, broadcast_object_list, gather_object
 from trl import DPOTrainer
 
-from .feature_store import FeatureStore, rows_hash, tensors_hash
+from .feature_store import FeatureStore, StoreMismatchError, rows_hash, tensors_hash
 from .gradients import Pieces, can_pack, gradient_pass, log_prob_pass, pair_batches
 from .pair_loss import loss_of_one_pair, needs_reference, pair_coefficients, reference_pass
 from .preconditioning import second_moment_scales
@@ -43,6 +43,8 @@ from .responses import PairResponses, deal, length_batches, one_a_row, packed_le
 
 
 logger = get_logger(__name__)
+
+T = TypeVar("T")
 
 # Rows that are put together, or sent between processes, at a time.
 _CHUNK = 1024
@@ -111,6 +113,39 @@ class PairFeatures:
         self._rows_hashes: dict[str, str] = {}
         self._ref_logps: torch.Tensor | None = None
         self._folder = Path()
+
+    def at_this_step(self, folder: Path, compute: Callable[[Path], T]) -> T:
+        """
+        Compute something under the policy of this step, with a store of its own that serves a run that is killed and
+        started again. Those of earlier steps are deleted once it is done. All processes must call this.
+
+        Args:
+            folder (`Path`):
+                Folder of the stores of all steps.
+            compute (`Callable`):
+                Called with the folder of the store of this step.
+
+        Returns:
+            What `compute` returns.
+
+        Raises:
+            `ValueError`: If the store is one of other data, of other options, or at step 0 of another model.
+        """
+        step, accelerator = self.trainer.state.global_step, self.trainer.accelerator
+        own = folder / f"step-{step:06d}"
+        try:
+            result = compute(own)
+        except StoreMismatchError as error:
+            # Steps that were trained again need not give the same bits on a GPU. All else is for the user to decide.
+            # The folder of the process that failed, by its name: they may have one each.
+            trained_again = step > 0 and own.name in error.folder.parts
+            if not trained_again or not set(error.differing) <= {"model", "second_moment", "reference"}:
+                raise
+            logger.warning(f"{error} Steps that were trained again may differ so, and they are computed anew.")
+            remove_stores(own, accelerator)
+            result = compute(own)
+        remove_stores(folder, accelerator, keep=own)
+        return result
 
     def compute(self, projection: SparseProjection, folder: Path) -> np.ndarray | None:
         """
@@ -274,7 +309,7 @@ class PairFeatures:
         if failures:
             if failure is None:
                 store.close()
-            raise failure or failures[0]
+            raise failures[0]
         return store
 
     def _hash(self, weights: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -485,6 +520,39 @@ def assemble_pairs(store: FeatureStore, pairs: np.ndarray, coefficients: np.ndar
             if factors.any():
                 features[part] += factors[:, None] * store.read(rows)
     return features
+
+
+def on_main_process(accelerator: Any, function: Callable[[], T]) -> T:
+    """
+    Have the main process alone decide something, and all processes take its answer: what they work out by themselves
+    might differ. All processes must call this.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            The accelerator.
+        function (`Callable`):
+            What the main process calls.
+
+    Returns:
+        What it returns, on all processes.
+
+    Raises:
+        Its error on the main process, and on the others one with the same text, as they would wait for ever.
+    """
+    outcome: list[Any] = [None, None]
+    failure = None
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            # Not every error can be sent.
+            failure, outcome[1] = error, (isinstance(error, ValueError), str(error))
+    broadcast_object_list(outcome, from_process=0)
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        raise (ValueError if outcome[1][0] else RuntimeError)(outcome[1][1])
+    return outcome[0]
 
 
 def remove_stores(folder: Path, accelerator: Any, keep: Path | None = None) -> None:

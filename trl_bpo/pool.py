@@ -75,8 +75,8 @@ def identify_pairs(dataset: Dataset | IterableDataset, args: BPOConfig) -> Datas
         )
     # The curated dataset has the texts as they came in: TRL appends the EOS token to those of the pool.
     with args.main_process_first(desc="identifying pairs"):
-        dataset = dataset.map(maybe_extract_prompt, desc="Extracting prompts")
-        dataset = dataset.map(_identify, desc="Hashing pairs")
+        dataset = dataset.map(maybe_extract_prompt, num_proc=args.dataset_num_proc, desc="Extracting prompts")
+        dataset = dataset.map(_identify, num_proc=args.dataset_num_proc, desc="Hashing pairs")
     if without_prompt := sum(not prompt for prompt in dataset["prompt"]):
         logger.warning(
             f"{without_prompt} of {len(dataset)} pairs have an empty prompt: their answers have no common beginning. If "
@@ -129,9 +129,10 @@ class PairPool:
             dataset ([`~datasets.Dataset`]):
                 What TRL made of them: it drops pairs whose prompt fills `max_length`.
         """
-        self.pairs = self.pairs.select(np.asarray(dataset[_ROW]))
-        self._read_ids()
-        if dropped := self.num_given - len(self.pairs):
+        if dropped := self.num_given - len(dataset):
+            # Written out once. Each column that is added to a selection of rows would do it again.
+            self.pairs = self.pairs.select(np.asarray(dataset[_ROW])).flatten_indices()
+            self._read_ids()
             logger.warning(
                 f"{dropped} of {self.num_given} pairs were dropped by TRL: their prompt alone fills `max_length`. The "
                 f"selection is made from the other {len(self.pairs)}."

@@ -23,7 +23,7 @@ from datasets import Dataset
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from .depth import DEPTH_COLUMNS, DepthSelection
+from .depth import DepthSelection
 
 
 FILE_NAME = "bpo_selection.safetensors"
@@ -46,10 +46,8 @@ def save_selection(path: Path, selection: DepthSelection, pairs: Dataset, metric
             What was measured.
     """
     path.mkdir(parents=True, exist_ok=True)
-    annotated = selection.annotate(pairs)
-    annotated.select(np.flatnonzero(selection.selected)).to_parquet(path / "train.parquet")
-    columns = [name for name in annotated.column_names if name in DEPTH_COLUMNS]
-    annotated.select_columns(["pair_id", "prompt_id", *columns]).to_parquet(f"{path}.parquet")
+    selection.kept(pairs).to_parquet(path / "train.parquet")
+    selection.annotate(pairs.select_columns(["pair_id", "prompt_id"])).to_parquet(f"{path}.parquet")
     Path(f"{path}.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
 

@@ -34,14 +34,19 @@ What measures depth: the values of `depth_strategy`. All but the first are there
 Each keeps exactly the budget. Clusters and `depth_scope` play a part in the strategies of gradients and embeddings only.
 """
 
+from typing import Any
+
 import numpy as np
+from accelerate.logging import get_logger
 from datasets import Dataset
 
+from .bpo_config import GRADIENT_STRATEGIES
 from .embedding import embed_texts, require_sentence_transformers
 from .pool import PairPool
 from .prompts import render_prompt
-from .responses import PairResponses
 
+
+logger = get_logger(__name__)
 
 _SCORE_COLUMNS = ("score_chosen", "score_rejected")
 
@@ -118,45 +123,71 @@ def _embed_pairs(batch: dict[str, list], encoder: str) -> dict[str, np.ndarray]:
     return {"_embedding": np.concatenate(np.split(embeddings, 3), axis=1)}
 
 
-def measure_by_data(
-    strategy: str, pool: PairPool, responses: PairResponses | None, *, encoder: str, seed: int, number: int
-) -> np.ndarray:
+def measure_by_policy(trainer: Any) -> np.ndarray | None:
+    """
+    What the policy makes of each pair. All processes must call this.
+
+    Args:
+        trainer ([`BPOTrainer`]):
+            A trainer with a strategy that changes with the policy.
+
+    Returns:
+        `np.ndarray`, *optional*: Features of shape `(n_pairs, d)`, which are to be clustered, on the main process and
+        `None` on the others; or scores of shape `(n_pairs,)`, of which the highest are kept.
+    """
+    strategy = trainer.args.depth_strategy
+    if strategy in GRADIENT_STRATEGIES:
+        features = trainer._pair_features()
+        if strategy == "gradient_norm" and features is not None:
+            return np.linalg.norm(features, axis=1)
+        return features
+    losses, margins = trainer._features.at_this_step(trainer._features_path, trainer._features.losses_and_margins)
+    scores = {
+        "loss": losses,
+        "implicit_reward_margin_high": margins,
+        "implicit_reward_margin_low": -margins,
+    }[strategy]
+    # Rounding of the difference of two sums over tokens, in nats.
+    half = trainer.model.dtype.itemsize < 4 or trainer.accelerator.mixed_precision != "no"
+    if np.nanmax(scores) - np.nanmin(scores) < trainer.beta * (1.0 if half else 1e-2):
+        logger.warning(
+            f"What `depth_strategy='{strategy}'` goes by hardly differs between the pairs, and may be little but "
+            "rounding, as where the policy is still its reference. Set `first_selection_step` to train on a random "
+            "subset first."
+        )
+    return scores
+
+
+def measure_by_data(trainer: Any) -> np.ndarray:
     """
     What the data alone tell of each pair.
 
     Args:
-        strategy (`str`):
-            Value of `depth_strategy`, one that does not change with the policy.
-        pool ([`PairPool`]):
-            The pairs.
-        responses ([`PairResponses`], *optional*):
-            Their responses, for `longest`.
-        encoder (`str`):
-            Sentence-transformers model id or path.
-        seed (`int`):
-            Seed of the run.
-        number (`int`):
-            Number of the selection, from 0.
+        trainer ([`BPOTrainer`]):
+            A trainer with a strategy that does not change with the policy.
 
     Returns:
         `np.ndarray`: Features of shape `(n_pairs, d)`, which are to be clustered, or scores of shape `(n_pairs,)`, of
         which the highest are kept.
     """
+    strategy, pool, seed = trainer.args.depth_strategy, trainer._pool, trainer.args.seed
     if strategy.startswith("embedding"):
         columns = [name for name in ("prompt", "chosen", "rejected", "tools") if name in pool.pairs.column_names]
         embedded = pool.pairs.select_columns(columns).map(
             _embed_pairs,
             batched=True,
-            fn_kwargs={"encoder": encoder},
+            fn_kwargs={"encoder": trainer.args.depth_encoder},
             remove_columns=columns,
             desc="Embedding pairs",
         )
         return np.asarray(embedded.with_format("numpy")["_embedding"][:])
-    if strategy == "longest" and responses is not None:
+    if strategy == "longest":
+        responses = trainer._features.responses
         lengths = np.asarray([len(ids) for ids in responses.input_ids]) - np.asarray(responses.starts)
         return lengths[responses.chosen].astype(np.float64)
     if strategy == "random":
-        return draw_scores(pool.pair_ids, seed, number)
+        # The draw 0 is that of the steps before the first selection.
+        return draw_scores(pool.pair_ids, seed, trainer._num_selections + 1)
     drawn = draw_scores(pool.pair_ids, seed, 0)
     if strategy == "random_once":
         return drawn
