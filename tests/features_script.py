@@ -111,6 +111,15 @@ def compute(model_dir, folder, process):
         return features
 
     trainer._pair_features = kept_features
+    losses_and_margins = trainer._features.losses_and_margins
+
+    def kept_scores(store):
+        scores = losses_and_margins(store)
+        assert sharded is None or pair_features.runs_in_lockstep(trainer)
+        np.savez(folder / f"scores-{trainer.state.global_step}-{rank}.npz", losses=scores[0], margins=scores[1])
+        return scores
+
+    trainer._features.losses_and_margins = kept_scores
     if training:
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)) if output_dir.exists() else None)
         result = {"steps": trainer.state.global_step}

@@ -30,7 +30,6 @@ from trl.trainer.utils import add_fused_lm_head
 from trl_bpo import BPOTrainer
 from trl_bpo.capture import target_modules
 from trl_bpo.gradients import can_pack, gradient_pass, pair_batches, pair_gradients, response_gradients
-from trl_bpo.pair_features import PairFeatures
 from trl_bpo.projection import SparseProjection
 from trl_bpo.responses import PairResponses, length_batches, one_a_row, unique_responses
 
@@ -567,7 +566,6 @@ def test_packing_is_chosen_and_agrees_under_autocast(tiny_dir, tmp_path, monkeyp
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.1)
-        trainer._features = PairFeatures(trainer, unique_responses(trainer.train_dataset))
         path = trainer._features._choose_path()
         return path, torch.from_numpy(trainer._pair_features())
 

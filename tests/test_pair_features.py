@@ -135,7 +135,7 @@ def test_whole_matrix(tiny_dir, tmp_path, monkeypatch, options, adapter, referen
             for batch_tokens, packed, max_logits in itertools.product(*how):
                 choose(patch, packed, max_logits)
                 trainer.args.gradient_batch_tokens = batch_tokens
-                trainer._features = None  # it keeps the log-probabilities of the reference
+                vars(trainer).pop("_features", None)  # it keeps the log-probabilities of the reference
                 features, passes = features_of(trainer)
                 worst = largest_error(features, gradients)
                 case = (

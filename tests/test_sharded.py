@@ -58,6 +58,22 @@ def test_features_of_sharded_weights(tiny_dir, tmp_path, sharded, packed, lora):
     assert [np.load(run.folder / f"result-{rank}.npz")["steps"] for rank in range(2)] == [3, 3]
 
 
+@pytest.mark.parametrize("sharded", ["fsdp", pytest.param("zero3", marks=needs_deepspeed)])
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_losses_and_margins_of_sharded_weights(tiny_dir, tmp_path, sharded, lora):
+    settings = {**SETTINGS, "packed": False, "lora": lora, "depth_strategy": "implicit_reward_margin_high"}
+    whole = Run(tiny_dir, tmp_path / "whole", **settings, learning_rate=1e-4).finish(2)
+    run = Run(tiny_dir, tmp_path / "sharded", **settings, learning_rate=1e-4, sharded=sharded).finish(2)
+    for step, tolerance in ((0, 1e-5), (2, 1e-2)):
+        scores = [np.load(r.folder / f"scores-{step}-{rank}.npz") for r in (whole, run) for rank in range(2)]
+        for name in ("losses", "margins"):
+            # All processes have them all.
+            assert np.array_equal(scores[2][name], scores[3][name])
+            scale = np.abs(scores[0]["losses"]).max()
+            assert np.abs(scores[2][name] - scores[0][name]).max() < tolerance * scale
+    assert [np.load(run.folder / f"result-{rank}.npz")["steps"] for rank in range(2)] == [3, 3]
+
+
 def test_a_sharded_run_that_was_killed_goes_on(tiny_dir, tmp_path):
     settings = {**SETTINGS, "sharded": "fsdp", "max_steps": 1}
     whole = Run(tiny_dir, tmp_path / "whole", **settings).finish(2)

@@ -488,9 +488,11 @@ class BPOTrainer(DPOTrainer):
                 if self.args.curated_dataset_hub_id is not None:
                     self.push_curated_dataset()
             except Exception as error:
+                hub_id = self.args.curated_dataset_hub_id
+                pushed = "" if hub_id is None else f" or could not be pushed to {hub_id}"
                 logger.error(
-                    f"The curated dataset could not be saved in {self._curated_path}, or not be pushed: {error}. It is in `trainer.curated_dataset` and, by its ids, in "
-                    "`_selections`; call `push_curated_dataset()` to push it again.",
+                    f"The curated dataset could not be saved in {self._curated_path}{pushed}: {error}. It is in "
+                    "`trainer.curated_dataset` and in `_selections`; call `push_curated_dataset()` to push it again.",
                     exc_info=True,
                 )
         return output
