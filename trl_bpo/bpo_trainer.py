@@ -136,7 +136,7 @@ class BPOTrainer(DPOTrainer):
     _selection_step: int
     _num_selections: int
     _seen: np.ndarray
-    _num_seen: int
+    _schedule: SelectionSchedule
     _run_state: Any
     _started: float
     _seconds_selecting: float
@@ -180,6 +180,7 @@ class BPOTrainer(DPOTrainer):
         self._sampler: Any = None
         self._epoch_iterator: Iterator | None = None
         self._iterator: Iterator = iter(())
+        self._loader: Any = None
         self._selector = DepthSelector(
             args.depth_fraction,
             n_clusters=args.depth_clusters,
@@ -333,9 +334,12 @@ class BPOTrainer(DPOTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:  # noqa: D102
         if self._sampler is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
+        new_epoch = epoch_iterator is not self._epoch_iterator
         dataloader: Any = self.callback_handler.train_dataloader
+        if new_epoch:
+            self._schedule = self._make_schedule(dataloader)
         accumulation = self.args.gradient_accumulation_steps
-        schedule, step = self._schedule(dataloader), self.state.global_step
+        schedule, step = self._schedule, self.state.global_step
         if step >= self.state.max_steps:
             # A run that was over within an epoch when it was resumed. `Trainer` would take one step more.
             self.control.should_training_stop = True
@@ -349,7 +353,6 @@ class BPOTrainer(DPOTrainer):
         due = schedule.is_due(step, None if self.selection is None else self._selection_step)
         if due:
             self._select_at(step)
-        new_epoch = epoch_iterator is not self._epoch_iterator
         if new_epoch or due:
             # An uninterrupted run opens its iterator when an epoch begins and at each selection within it. A resumed run
             # opens the same one, so that it draws the same batches to the last row.
@@ -359,23 +362,27 @@ class BPOTrainer(DPOTrainer):
             self._sampler.already_drawn = schedule.rows_before(opened) - schedule.rows_before(epoch_start)
             if not new_epoch:
                 # The abandoned iterator would stay registered as the active one.
-                dataloader.end()
-            self._epoch_iterator = epoch_iterator
+                self._loader.end()
+            self._epoch_iterator, self._loader = epoch_iterator, dataloader
             # `Trainer` itself skips the batches that a resumed epoch has behind it.
             self._iterator = epoch_iterator
             if opened > epoch_start:
-                self._iterator = iter(skip_first_batches(dataloader, (step - opened) * accumulation))
+                if step > opened:
+                    self._loader = skip_first_batches(dataloader, (step - opened) * accumulation)
+                self._iterator = iter(self._loader)
                 # To open an iterator takes a number from the global random state. When `Trainer` resumes, it restores
                 # that state after this call.
                 with torch.random.fork_rng(devices=[]):
                     first = next(self._iterator)
+                if step > opened and not self.args.dataloader_drop_last:
+                    # Accelerate does not work it out where batches are skipped, and what fills up the last batch would
+                    # count twice in the metrics.
+                    self._loader.remainder = len(dataloader.dataset) % dataloader.total_batch_size
                 self._iterator = chain([first], self._iterator)
         position = schedule.rows_before(step) - schedule.rows_before(self._selection_step)
-        rows = np.unique(self._sampler.rows_at(position, schedule.rows_of(step)))
-        self._num_seen += int((~self._seen[rows]).sum())
-        self._seen[rows] = True
-        elapsed = time.perf_counter() - self._started
-        self._log_scalars({"unique_pairs": self._num_seen, "selection_time_share": self._seconds_selecting / elapsed})
+        self._seen[self._sampler.rows_at(position, schedule.rows_of(step))] = True
+        share = self._seconds_selecting / (time.perf_counter() - self._started)
+        self._log_scalars({"unique_pairs": int(np.count_nonzero(self._seen)), "selection_time_share": share})
         batches, num_items = super().get_batch_samples(self._iterator, num_batches, device)
         if not batches:
             # `Trainer` would pass over the steps of the rest of the epoch without a word.
@@ -384,7 +391,7 @@ class BPOTrainer(DPOTrainer):
             )
         return batches, num_items
 
-    def _schedule(self, dataloader: Any) -> SelectionSchedule:
+    def _make_schedule(self, dataloader: Any) -> SelectionSchedule:
         args, n_active, batches_per_epoch = self.args, len(self._sampler), len(dataloader)
         rows_per_batch = dataloader.total_batch_size
         schedule = SelectionSchedule(
@@ -405,7 +412,7 @@ class BPOTrainer(DPOTrainer):
 
     def _forget_selections(self) -> None:
         self.selection = None
-        self._selection_step = self._num_selections = self._num_seen = 0
+        self._selection_step = self._num_selections = 0
         self._seen = np.zeros(len(self._pool.pair_ids), dtype=bool)
         rows = np.arange(len(self._seen))
         if self.args.first_selection_step > 0:
@@ -454,7 +461,6 @@ class BPOTrainer(DPOTrainer):
                 )
         self._run_state = self.state
         self.selection, self._seen = load_selection_state(checkpoint, len(self._pool.pair_ids))
-        self._num_seen = int(self._seen.sum())
         self._selection_step, self._num_selections = header["selection_step"], header["num_selections"]
         if self.selection is not None:
             self._sampler.set_rows(np.flatnonzero(self.selection.selected), self._num_selections)
