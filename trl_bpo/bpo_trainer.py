@@ -482,7 +482,7 @@ class BPOTrainer(DPOTrainer):
             self._forget_selections()
         output = super().train(*args, **kwargs)
         # The abandoned iterators would keep their workers alive.
-        self._epoch_iterator, self._iterator = None, iter(())
+        self._epoch_iterator, self._iterator, self._loader = None, iter(()), None
         if self._sampler is not None and self.selection is None:
             logger.warning(f"Training ended before the first selection, at step {self.args.first_selection_step}.")
         elif self._sampler is not None:
