@@ -14,10 +14,15 @@
 
 
 import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import tiny_model_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -255,3 +260,186 @@ def test_model_init_kwargs(model_dir):
     generator = TransformersGenerator(model_dir, max_new_tokens=2, model_init_kwargs={"dtype": torch.bfloat16})
     assert generator.model.dtype == torch.bfloat16
     assert len(generator(["The sea"], num_responses=1)[0]) == 1
+
+
+def stored_keys(folder):
+    lines = [line for path in folder.glob("*.jsonl") for line in path.read_bytes().splitlines(keepends=True)]
+    return [json.loads(line)["key"] for line in lines if line.endswith(b"}\n")]
+
+
+def test_stored_responses_are_not_generated_again(model, tokenizer, tmp_path, caplog):
+    options = {"max_new_tokens": 6, "batch_size": 4}
+    expected = TransformersGenerator(model, tokenizer, **options)(PROMPTS, num_responses=6)
+    store = tmp_path / "responses"
+    for _ in range(2):
+        generator = TransformersGenerator(model, tokenizer, cache_dir=str(store), **options)
+        assert generator(PROMPTS, num_responses=6) == expected
+    # Four and two responses of each prompt.
+    assert len(stored_keys(store)) == 2 * len(PROMPTS)
+    with caplog.at_level("INFO", logger="trl_bpo"):
+        assert generator(PROMPTS, num_responses=6) == expected
+    assert "30 of 30 responses" in caplog.text
+    assert len(stored_keys(store)) == 2 * len(PROMPTS)
+
+
+def test_only_new_prompts_are_generated(model, tokenizer, tmp_path):
+    generator = TransformersGenerator(model, tokenizer, max_new_tokens=6, cache_dir=str(tmp_path))
+    first = generator(PROMPTS[1:3], num_responses=2)
+    responses = generator(PROMPTS, num_responses=2)
+    assert responses[1:3] == first
+    assert len(stored_keys(tmp_path)) == len(PROMPTS)
+
+
+def test_same_prompt_twice(model, tokenizer, tmp_path):
+    generator = TransformersGenerator(model, tokenizer, max_new_tokens=6, cache_dir=str(tmp_path))
+    responses = generator(["The sea", "The sea"], num_responses=2)
+    assert responses[0] != responses[1]
+    assert generator(["The sea", "The sea"], num_responses=2) == responses
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_new_tokens": 7}, {"temperature": 0.9}, {"top_p": 0.5}, {"seed": 1}, {"continuous_batching": True}],
+)
+def test_another_request_is_not_answered_from_the_store(model, tokenizer, tmp_path, options):
+    defaults = {"max_new_tokens": 6, "cache_dir": str(tmp_path)}
+    TransformersGenerator(model, tokenizer, **defaults)(["The sea"], num_responses=1)
+    TransformersGenerator(model, tokenizer, **{**defaults, **options})(["The sea"], num_responses=1)
+    assert len(set(stored_keys(tmp_path))) == 2
+
+
+def test_other_weights_and_ends_are_not_answered_from_the_store(model, tokenizer, tmp_path):
+    generator = TransformersGenerator(model, tokenizer, max_new_tokens=6, cache_dir=str(tmp_path))
+    first = generator(["The sea"], num_responses=1)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 40]
+    generator(["The sea"], num_responses=1)
+    assert len(stored_keys(tmp_path)) == 2
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    weight = model.model.layers[0].mlp.up_proj.weight.data
+    before = weight.clone()
+    weight[0, 0] += 0.5
+    generator(["The sea"], num_responses=1)
+    assert len(stored_keys(tmp_path)) == 3
+    weight.copy_(before)
+    assert generator(["The sea"], num_responses=1) == first
+    assert len(stored_keys(tmp_path)) == 3
+
+
+def test_disabled_adapter_is_another_model(model, tokenizer, tmp_path):
+    policy = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    generator = TransformersGenerator(policy, tokenizer, max_new_tokens=8, temperature=0, cache_dir=str(tmp_path))
+    adapted = generator(PROMPTS, num_responses=1)
+    with policy.disable_adapter():
+        assert generator(PROMPTS, num_responses=1) != adapted
+    assert generator(PROMPTS, num_responses=1) == adapted
+
+
+@pytest.mark.parametrize("continuous_batching", [False, True])
+def test_killed_and_resumed(model, tokenizer, tmp_path, continuous_batching):
+    # With many tokens that end a response, the lengths are mixed.
+    model.generation_config.eos_token_id = list(range(40, 60))
+    options = {"max_new_tokens": 60, "batch_size": 2, "continuous_batching": continuous_batching}
+    prompts = PROMPTS * 4
+    expected = TransformersGenerator(model, tokenizer, **options)(prompts, num_responses=3)
+    generator = TransformersGenerator(model, tokenizer, cache_dir=str(tmp_path), **options)
+    context = multiprocessing.get_context("fork")
+    stored = 0
+    for _ in range(3):
+        process = context.Process(target=generator, args=(prompts, 3))
+        process.start()
+        while len(stored_keys(tmp_path)) < stored + 4:
+            assert process.is_alive()
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        stored = len(stored_keys(tmp_path))
+    before = set(stored_keys(tmp_path))
+    responses = generator(prompts, num_responses=3)
+    keys = stored_keys(tmp_path)
+    # Nothing twice, nothing lost, and more than one process had a part in it.
+    assert len(keys) == len(set(keys)) == len(prompts) * (3 if continuous_batching else 2)
+    assert before < set(keys) and len(list(tmp_path.glob("*.jsonl"))) == 4
+    assert generator(prompts, num_responses=3) == responses
+    if not continuous_batching:
+        assert responses == expected
+
+
+def test_continuous_batching_greedy(model, tokenizer):
+    options = {"max_new_tokens": 8, "temperature": 0}
+    expected = TransformersGenerator(model, tokenizer, **options)(PROMPTS, num_responses=1)
+    generator = TransformersGenerator(model, tokenizer, batch_size=2, continuous_batching=True, **options)
+    assert generator(PROMPTS, num_responses=1) == expected
+
+
+def test_continuous_batching_samples(model, tokenizer):
+    model.generation_config.eos_token_id = list(range(40, 120))
+    options = {"max_new_tokens": 12, "batch_size": 3, "continuous_batching": True}
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first = TransformersGenerator(model, tokenizer, seed=1, **options)(PROMPTS, num_responses=4)
+    assert torch.equal(torch.rand(3), expected)
+    assert [len(row) for row in first] == [4] * len(PROMPTS)
+    responses = [response for row in first for response in row]
+    assert {response.truncated for response in responses} == {False, True}
+    assert all(response.num_tokens == 12 for response in responses if response.truncated)
+    assert len({response.text for response in responses}) > 10
+    assert TransformersGenerator(model, tokenizer, seed=1, **options)(PROMPTS, num_responses=4) == first
+    assert TransformersGenerator(model, tokenizer, seed=2, **options)(PROMPTS, num_responses=4) != first
+
+
+@pytest.mark.parametrize("option", ["top_k", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens"])
+def test_generation_config_does_not_change_continuous_batching(model, tokenizer, option):
+    model.generation_config.eos_token_id = list(range(40, 120))
+    generator = TransformersGenerator(model, tokenizer, max_new_tokens=6, continuous_batching=True)
+    reference = generator(PROMPTS, num_responses=2)
+    setattr(model.generation_config, option, LEAKS[option])
+    assert generator(PROMPTS, num_responses=2) == reference
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_continuous_batching_restores_the_model(model, tokenizer, attention):
+    model.set_attn_implementation(attention)
+    model.train()
+    config = model.generation_config
+    before = config.to_dict()
+    TransformersGenerator(model, tokenizer, max_new_tokens=4, continuous_batching=True)(PROMPTS, num_responses=2)
+    assert model.training and model.config._attn_implementation == attention
+    assert model.generation_config is config and config.to_dict() == before
+
+
+def test_continuous_batching_of_a_peft_model(model, tokenizer):
+    policy = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    options = {"max_new_tokens": 8, "temperature": 0}
+    expected = TransformersGenerator(policy, tokenizer, **options)(PROMPTS, num_responses=1)
+    generator = TransformersGenerator(policy, tokenizer, continuous_batching=True, **options)
+    assert generator(PROMPTS, num_responses=1) == expected
+    with policy.disable_adapter():
+        assert generator(PROMPTS, num_responses=1) != expected
+
+
+def test_continuous_batching_refuses_prompt_tuning(model, tokenizer):
+    policy = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="`continuous_batching`"):
+        TransformersGenerator(policy, tokenizer, continuous_batching=True)
+
+
+def test_continuous_batching_ends_when_storing_fails(model, tokenizer, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    generator = TransformersGenerator(
+        model, tokenizer, max_new_tokens=50, batch_size=1, cache_dir=str(file), continuous_batching=True
+    )
+    threads = threading.active_count()
+    with pytest.raises(OSError):
+        generator(PROMPTS, num_responses=50)
+    assert threading.active_count() == threads
+
+
+def test_continuous_batching_names_the_failure(model, tokenizer):
+    # A token that the embedding does not have.
+    tokenizer.add_tokens("sea")
+    with pytest.raises(RuntimeError, match="index out of range"):
+        TransformersGenerator(model, tokenizer, max_new_tokens=2, continuous_batching=True)(["sea"], num_responses=1)
+    assert model.config._attn_implementation == "sdpa"

@@ -17,7 +17,9 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections import abc
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -30,10 +32,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils.logging import tqdm
 from trl.trainer.utils import pad
 
-from .prompts import parse_tools, without_none
+from .answer_store import AnswerStore
+from .continuous_batching import check_continuous_batching, generate_continuously
+from .generation_requests import check_request, count_stored, encode_prompt, request_keys
+from .model_fingerprint import model_fingerprint
+
+
+# Answers for the store, a batch at a time: keys and the responses under them.
+Generation = abc.Generator[list[tuple[str, dict]], None, None]
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,26 @@ class Generator(Protocol):
         ...
 
 
+def stored_responses(store: AnswerStore, keys: list[list[tuple[str, int]]]) -> list[list[Response]]:
+    """
+    Responses of each prompt, from the store.
+
+    Args:
+        store ([`AnswerStore`]):
+            The store, which has all of them.
+        keys (`list[list[tuple[str, int]]]`):
+            Result of [`request_keys`].
+
+    Returns:
+        `list[list[Response]]`: The responses of each prompt, in order.
+    """
+    answers = ([store.get(key) for key, _ in row] for row in keys)
+    return [
+        [Response(**response) for answer in row if answer is not None for response in answer["responses"]]
+        for row in answers
+    ]
+
+
 class TransformersGenerator:
     """
     Sample responses with the `generate` method of a transformers model.
@@ -87,6 +116,12 @@ class TransformersGenerator:
     Sampling is from the model's own distribution, changed by `temperature` and `top_p` alone: of the model's generation
     config, which may carry a top-k, a repetition penalty and the like, only the end-of-sequence tokens are kept. Neither
     the model nor the tokenizer is changed, and the global random state is restored.
+
+    With `cache_dir`, every batch is written there before it counts. After a crash or a kill, the same call reads what
+    was finished and generates the rest: the batches are formed as before, so the responses are those of an
+    uninterrupted run. A response is found again by what it depends on: the content of the model (see
+    [`~model_fingerprint.model_fingerprint`]), the token ids of the prompt, and the sampling options. With other
+    weights, also in the same folder or under the same name, everything is generated anew.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -104,11 +139,22 @@ class TransformersGenerator:
         seed (`int`, *optional*, defaults to `42`):
             Seed of the sampling. The random numbers of a batch depend on this seed and on the prompts in the batch, not
             on what was generated before, so the same call on the same machine gives the same responses.
+        cache_dir (`str`, *optional*):
+            Folder in which the responses are kept as they are generated. Several processes and runs can share it. By
+            default, nothing is written.
+        continuous_batching (`bool`, *optional*, defaults to `False`):
+            Whether to let the next sequence take the place of one that has ended, with transformers' continuous
+            batching, instead of waiting for the longest of a batch. `batch_size` sequences are in flight at a time, and
+            each response is stored as it ends. All sequences draw from one random state, so the same call gives the same
+            responses only as long as it is not interrupted: what a resumed call still has to generate is drawn
+            anew. As it is the short ones that were finished, a call that is killed very often favours short responses.
         model_init_kwargs (`dict`, *optional*):
             Keyword arguments for `from_pretrained` if `model` is a path or model id, for example `dtype`.
 
     Raises:
-        `ValueError`: If an option is out of its range, or `model_init_kwargs` comes with a model that is loaded.
+        `ValueError`: If an option is out of its range, `model_init_kwargs` comes with a model that is loaded, or
+            `continuous_batching` with an adapter that works on the prompt.
+        `ImportError`: If the installed transformers is too old for `continuous_batching`.
 
     Example:
 
@@ -130,6 +176,8 @@ class TransformersGenerator:
         top_p: float = 1.0,
         batch_size: int = 16,
         seed: int = 42,
+        cache_dir: str | None = None,
+        continuous_batching: bool = False,
         model_init_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if max_new_tokens < 1 or batch_size < 1:
@@ -143,6 +191,11 @@ class TransformersGenerator:
             model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
         elif model_init_kwargs is not None:
             raise ValueError("`model_init_kwargs` applies only when `model` is a path or model id. Remove it.")
+        if continuous_batching:
+            check_continuous_batching()
+            # It calls the model below the adapters, which is right for those inside its layers alone.
+            if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+                raise ValueError("`continuous_batching` does not work with an adapter that adds to the prompt.")
         self.model = model
         self.processing_class = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
         self.max_new_tokens = max_new_tokens
@@ -150,6 +203,8 @@ class TransformersGenerator:
         self.top_p = top_p
         self.batch_size = batch_size
         self.seed = seed
+        self.cache_dir = cache_dir
+        self.continuous_batching = continuous_batching
 
     def __call__(
         self, prompts: list[str | list[dict]], num_responses: int, tools: list | None = None
@@ -172,23 +227,55 @@ class TransformersGenerator:
             `ValueError`: If a prompt is empty or leaves no room for `max_new_tokens` in the model's context, or if
                 several responses are asked for with `temperature=0`.
         """
-        if self.temperature == 0 and num_responses > 1:
-            raise ValueError(
-                f"`temperature=0` gives the same response {num_responses} times. Set a positive `temperature` or "
-                "`num_responses=1`."
-            )
         input_ids = [
-            self._encode(prompt, prompt_tools)
+            encode_prompt(self.processing_class, prompt, prompt_tools)
             for prompt, prompt_tools in zip(prompts, tools or [None] * len(prompts), strict=True)
         ]
-        self._check_lengths(prompts, input_ids)
+        check_request(
+            prompts,
+            input_ids,
+            num_responses,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            # Models without position embeddings of a fixed number, such as state space models, have no limit to check.
+            context=getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
+        )
+        per_call = 1 if self.continuous_batching else min(num_responses, self.batch_size)
+        parts = [(start, min(per_call, num_responses - start)) for start in range(0, num_responses, per_call)]
+        keys = request_keys(self._settings(), input_ids, parts)
+        generate = self._generate_continuously if self.continuous_batching else self._generate_in_batches
+        with (
+            closing(AnswerStore(self.cache_dir)) as store,
+            tqdm(
+                total=len(prompts) * num_responses,
+                initial=count_stored(store, keys),
+                desc="Generating responses",
+                disable=not PartialState().is_main_process,
+            ) as progress,
+            self._sampling_mode() as eos_token_ids,
+            # Closed at once when storing fails: what generates continuously has a thread.
+            closing(generate(input_ids, keys, parts, store, eos_token_ids)) as batches,
+        ):
+            for batch in batches:
+                store.put_many(batch)
+                progress.update(sum(len(answer["responses"]) for _, answer in batch))
+            return stored_responses(store, keys)
 
-        # Prompts of about the same length share a batch, so that little is computed on padding. The longest come
-        # first: if memory runs out, it does so at once.
-        order = sorted(range(len(prompts)), key=lambda row: len(input_ids[row]), reverse=True)
-        per_call = min(num_responses, self.batch_size)
-        prompts_per_batch = self.batch_size // per_call
-        responses: list[list[Response]] = [[] for _ in prompts]
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "generator": "transformers",
+            # Without a folder, the store lives as long as the call, in which the model does not change.
+            "model": None if self.cache_dir is None else model_fingerprint(self.model),
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "eos_token_ids": self._eos_token_ids(),
+            "continuous_batching": self.continuous_batching,
+        }
+
+    @contextmanager
+    def _sampling_mode(self) -> abc.Iterator[list[int]]:
         eos_token_ids = self._eos_token_ids()
         was_training = self.model.training
         base_model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -201,50 +288,58 @@ class TransformersGenerator:
             # What `generate` is not told it takes from the model's config.
             for model, _ in configs:
                 model.generation_config = GenerationConfig()
-            with logging.tqdm(
-                total=len(prompts) * num_responses,
-                desc="Generating responses",
-                disable=not PartialState().is_main_process,
-            ) as progress:
-                for start in range(0, len(order), prompts_per_batch):
-                    rows = order[start : start + prompts_per_batch]
-                    for done in range(0, num_responses, per_call):
-                        count = min(per_call, num_responses - done)
-                        batch = self._generate([input_ids[row] for row in rows], count, done, eos_token_ids)
-                        for position, response in enumerate(batch):
-                            responses[rows[position // count]].append(response)
-                        progress.update(len(batch))
+            yield eos_token_ids
         finally:
             self.model.train(was_training)
             for model, config in configs:
                 model.generation_config = config
-        return responses
 
-    def _encode(self, prompt: str | list[dict], tools: str | list | None) -> list[int]:
-        if isinstance(prompt, str):
-            return self.processing_class(prompt)["input_ids"]
-        text = self.processing_class.apply_chat_template(
-            without_none(prompt),
-            tools=without_none(parse_tools(tools)),
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-        # The template writes the special tokens itself.
-        return self.processing_class(text, add_special_tokens=False)["input_ids"]
+    def _generate_in_batches(
+        self,
+        input_ids: list[list[int]],
+        keys: list[list[tuple[str, int]]],
+        parts: list[tuple[int, int]],
+        store: AnswerStore,
+        eos_token_ids: list[int],
+    ) -> Generation:
+        # Prompts of about the same length share a batch, so that little is computed on padding. The longest come
+        # first: if memory runs out, it does so at once. The batches are those of all prompts, stored or not, as the
+        # random numbers of a batch depend on what is in it.
+        order = sorted(range(len(input_ids)), key=lambda row: len(input_ids[row]), reverse=True)
+        prompts_per_batch = self.batch_size // parts[0][1]
+        for start in range(0, len(order), prompts_per_batch):
+            for part, (done, count) in enumerate(parts):
+                rows = [row for row in order[start : start + prompts_per_batch] if keys[row][part][0] not in store]
+                if rows:
+                    batch = self._generate([input_ids[row] for row in rows], count, done, eos_token_ids)
+                    answers = [batch[first : first + count] for first in range(0, len(batch), count)]
+                    yield [
+                        (keys[row][part][0], {"responses": [asdict(response) for response in answer]})
+                        for row, answer in zip(rows, answers, strict=True)
+                    ]
 
-    def _check_lengths(self, prompts: list[str | list[dict]], input_ids: list[list[int]]) -> None:
-        # Models without position embeddings of a fixed number, such as state space models, have no limit to check.
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        for row, ids in enumerate(input_ids):
-            start = json.dumps(prompts[row], ensure_ascii=False)[:80]
-            if not ids:
-                raise ValueError(f"The prompt in row {row} is empty. Remove it from the dataset.")
-            if context is not None and len(ids) + self.max_new_tokens > context:
-                raise ValueError(
-                    f"The prompt in row {row} ({start}...) has {len(ids)} tokens, which leaves no room for "
-                    f"`max_new_tokens={self.max_new_tokens}` in the model's context of {context} tokens. Lower "
-                    "`max_new_tokens`, or shorten or remove the prompt."
-                )
+    def _generate_continuously(
+        self,
+        input_ids: list[list[int]],
+        keys: list[list[tuple[str, int]]],
+        parts: list[tuple[int, int]],
+        store: AnswerStore,
+        eos_token_ids: list[int],
+    ) -> Generation:
+        order = sorted(range(len(input_ids)), key=lambda row: len(input_ids[row]), reverse=True)
+        requests = {key: input_ids[row] for row in order for key, _ in keys[row] if key not in store}
+        if not requests:
+            return
+        base_model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        with self._forked_rng():
+            for key, ids in generate_continuously(
+                base_model,
+                requests,
+                self._generation_config(1, eos_token_ids, self._pad_token_id(eos_token_ids)),
+                max_concurrency=self.batch_size,
+                seed=self._batch_seed(list(requests.values())),
+            ):
+                yield [(key, {"responses": [asdict(self._response(ids, set(eos_token_ids)))]})]
 
     def _eos_token_ids(self) -> list[int]:
         configured = self.model.generation_config.eos_token_id
@@ -276,20 +371,14 @@ class TransformersGenerator:
         self, input_ids: list[list[int]], num_responses: int, done: int, eos_token_ids: list[int]
     ) -> list[Response]:
         device = self.model.device
-        pad_token_id = self.processing_class.pad_token_id
-        if pad_token_id is None:
-            # Padding is masked, and what follows a response's end is cut off below, so any token will do.
-            pad_token_id = eos_token_ids[0] if eos_token_ids else 0
+        pad_token_id = self._pad_token_id(eos_token_ids)
         tensors = [torch.tensor(ids) for ids in input_ids]
         batch = pad(tensors, padding_value=pad_token_id, padding_side="left").to(device)
         attention_mask = pad([torch.ones_like(ids) for ids in tensors], padding_value=0, padding_side="left").to(
             device
         )
-        digest = hashlib.sha256(json.dumps([self.seed, done, input_ids]).encode()).digest()
-        # The random state of a CPU is always forked; Apple's has no state for each device that could be.
-        devices = [] if device.type in ("cpu", "mps") else [device]
-        with torch.random.fork_rng(devices=devices, device_type=device.type):
-            torch.manual_seed(int.from_bytes(digest[:8]) >> 1)
+        with self._forked_rng():
+            torch.manual_seed(self._batch_seed(input_ids, done))
             output = self.model.generate(  # type: ignore[operator]
                 input_ids=batch,
                 attention_mask=attention_mask,
@@ -297,6 +386,21 @@ class TransformersGenerator:
             )
         completions = output[:, batch.shape[1] :].tolist()
         return [self._response(ids, set(eos_token_ids)) for ids in completions]
+
+    def _pad_token_id(self, eos_token_ids: list[int]) -> int:
+        # Padding is masked, and what follows a response's end is cut off, so any token will do.
+        fallback = eos_token_ids[0] if eos_token_ids else 0
+        return fallback if self.processing_class.pad_token_id is None else self.processing_class.pad_token_id
+
+    def _batch_seed(self, input_ids: list[list[int]], done: int = 0) -> int:
+        digest = hashlib.sha256(json.dumps([self.seed, done, input_ids]).encode()).digest()
+        return int.from_bytes(digest[:8]) >> 1
+
+    def _forked_rng(self) -> AbstractContextManager:
+        device = self.model.device
+        # The random state of a CPU is always forked; Apple's has no state for each device that could be.
+        devices = [] if device.type in ("cpu", "mps") else [device]
+        return torch.random.fork_rng(devices=devices, device_type=device.type)
 
     def _response(self, ids: list[int], eos_token_ids: set[int]) -> Response:
         end = next((position for position, token in enumerate(ids) if token in eos_token_ids), None)
