@@ -54,6 +54,7 @@ from typing import Any
 
 from trl import ScriptArguments
 
+from trl_bpo.api.costs import dollars
 from trl_bpo.clustering import SCOPES, check_fraction
 
 
@@ -101,12 +102,21 @@ class BPOScriptArguments(ScriptArguments):
             Nucleus of the sampling.
         generation_batch_size (`int`, *optional*, defaults to `16`):
             Sequences that are generated together.
+        generator (`str`, *optional*, defaults to `"transformers"`):
+            `transformers`, in this process, or `openai`, a server with an OpenAI-compatible API that serves the policy,
+            such as vLLM.
+        generator_base_url (`str`, *optional*):
+            Address of that server.
+        generator_kwargs (`dict` or `str`, *optional*):
+            Further arguments of [`~trl_bpo.TransformersGenerator`] or [`~trl_bpo.OpenAIGenerator`], as JSON, such as
+            `{"model": "policy", "max_concurrency": 256}`.
 
         > Parameters that control the judge and the pairs
 
         judge (`str`, *optional*, defaults to `"openai"`):
-            `openai` (any OpenAI-compatible API; the key comes from `OPENAI_API_KEY`), `reward_model`, or `verifiable`
-            (checks the instructions in the column `constraints` by program).
+            `openai` (any OpenAI-compatible API; the key comes from `OPENAI_API_KEY`), `openai_pairwise` (the same, by
+            comparisons), `reward_model`, or `verifiable` (checks the instructions in the column `constraints` by
+            program).
         judge_model (`str`, *optional*):
             Model of the judge: its name at the API, or id or path of the reward model.
         judge_base_url (`str`, *optional*):
@@ -115,9 +125,15 @@ class BPOScriptArguments(ScriptArguments):
             File with another prompt template for the judge.
         judge_concurrency (`int`, *optional*, defaults to `8`):
             Requests to the judge under way at once.
-        judge_kwargs (`str` or `dict`, *optional*):
+        judge_kwargs (`dict` or `str`, *optional*):
             Further arguments of [`~trl_bpo.OpenAIJudge`] or [`~trl_bpo.RewardModelJudge`], as JSON, such as
-            `{"temperature": null}` for a model that takes no temperature.
+            `{"rubric": "ultrafeedback", "temperature": null}`.
+        judge_max_cost (`float`, *optional*):
+            US dollars that all verdicts may cost together. Before it would be passed, the run ends, and can be repeated
+            with a larger one.
+        judge_batch (`bool`, *optional*, defaults to `False`):
+            Judge through the Batch API, at half the price. The run hands the responses in and ends; run it again until
+            the verdicts are there.
         pair_rule (`str`, *optional*, defaults to `"uniform"`):
             `uniform`, `all`, `adjacent` or `best_worst`.
         min_margin (`float`, *optional*, defaults to `0.0`):
@@ -160,11 +176,24 @@ class BPOScriptArguments(ScriptArguments):
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the sampling."})
     generation_batch_size: int = field(default=16, metadata={"help": "Sequences that are generated together."})
+    generator: str = field(
+        default="transformers",
+        metadata={"help": "What samples the responses.", "choices": ["transformers", "openai"]},
+    )
+    generator_base_url: str | None = field(
+        default=None, metadata={"help": "Address of the server that serves the policy, for `generator=openai`."}
+    )
+    generator_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Further arguments of the generator, as JSON."}
+    )
 
     # Parameters that control the judge and the pairs
     judge: str = field(
         default="openai",
-        metadata={"help": "Who scores the responses.", "choices": ["openai", "reward_model", "verifiable"]},
+        metadata={
+            "help": "Who scores the responses.",
+            "choices": ["openai", "openai_pairwise", "reward_model", "verifiable"],
+        },
     )
     judge_model: str | None = field(
         default=None, metadata={"help": "Name of the judge at the API, or id or path of the reward model."}
@@ -174,8 +203,14 @@ class BPOScriptArguments(ScriptArguments):
         default=None, metadata={"help": "File with another prompt template for the judge."}
     )
     judge_concurrency: int = field(default=8, metadata={"help": "Requests to the judge under way at once."})
-    judge_kwargs: str | dict | None = field(
+    judge_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Further arguments of the judge, as JSON."}
+    )
+    judge_max_cost: float | None = field(
+        default=None, metadata={"help": "US dollars that all verdicts may cost together."}
+    )
+    judge_batch: bool = field(
+        default=False, metadata={"help": "Judge through the Batch API, in two runs, at half the price."}
     )
     pair_rule: str = field(default="uniform", metadata={"help": "uniform, all, adjacent or best_worst."})
     min_margin: float = field(
@@ -192,10 +227,18 @@ class BPOScriptArguments(ScriptArguments):
         for name in ("dataset_streaming", "ignore_bias_buffers"):
             if getattr(self, name):
                 raise ValueError(f"`{name}` does not go with this script: BPO must see all rows. Unset it.")
+        # The parser reads JSON; who makes this object in Python may give either.
+        for name in ("generator_kwargs", "judge_kwargs"):
+            value = getattr(self, name)
+            setattr(self, name, (json.loads(value) if isinstance(value, str) else value) or {})
+        if self.judge_batch and self.judge != "openai":
+            raise ValueError(f"`judge_batch` needs `judge='openai'`, got {self.judge!r}.")
+        if self.judge_max_cost is not None and not self.judge.startswith("openai"):
+            raise ValueError(f"`judge_max_cost` needs a judge over an API, got {self.judge!r}.")
 
 
-def make_judge(script_args: BPOScriptArguments, dataset: Any) -> Any:
-    from trl_bpo import OpenAIJudge, RewardModelJudge, VerifiableJudge
+def make_judge(script_args: BPOScriptArguments, dataset: Any, cache_dir: Path) -> Any:
+    from trl_bpo import OpenAIJudge, OpenAIPairwiseJudge, RewardModelJudge, VerifiableJudge
 
     if script_args.judge == "verifiable":
         if "constraints" not in dataset.column_names:
@@ -208,23 +251,34 @@ def make_judge(script_args: BPOScriptArguments, dataset: Any) -> Any:
         return judge
     if script_args.judge_model is None:
         raise ValueError(f"`judge={script_args.judge!r}` needs `judge_model`: the name of the model that judges.")
-    kwargs = script_args.judge_kwargs or {}
-    kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+    kwargs = dict(script_args.judge_kwargs)
     if script_args.judge == "reward_model":
-        return RewardModelJudge(script_args.judge_model, **kwargs)
+        return RewardModelJudge(script_args.judge_model, **{"cache_dir": str(cache_dir), **kwargs})
     if script_args.judge_prompt_file is not None:
         kwargs["prompt_template"] = Path(script_args.judge_prompt_file).read_text(encoding="utf-8")
-    return OpenAIJudge(
-        script_args.judge_model,
-        base_url=script_args.judge_base_url,
-        max_concurrency=script_args.judge_concurrency,
+    options = {
+        "base_url": script_args.judge_base_url,
+        "max_concurrency": script_args.judge_concurrency,
+        "max_cost": script_args.judge_max_cost,
+        "cache_dir": str(cache_dir),
         **kwargs,
-    )
+    }
+    if script_args.judge == "openai_pairwise":
+        return OpenAIPairwiseJudge(script_args.judge_model, **options)
+    return OpenAIJudge(script_args.judge_model, **options)
 
 
 def public_name(name: str) -> str:
     # The Hub id, or the last part of a local path: where your files lie is not for a card.
     return os.path.basename(name.rstrip("/")) if os.path.exists(name) else name
+
+
+def bill(report: Any) -> str:
+    # What an API charged over all runs, for the summary and the dataset card.
+    if report is None:
+        return ""
+    tokens = f"; {report.prompt_tokens:,} + {report.completion_tokens:,} tokens"
+    return tokens if report.cost is None else f"{tokens}, {dollars(report.cost)}"
 
 
 class Funnel:
@@ -249,7 +303,14 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
     from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
-    from trl_bpo import BPODataCollector, BPOTrainer, BreadthSelector, TransformersGenerator, quickstart
+    from trl_bpo import (
+        BPODataCollector,
+        BPOTrainer,
+        BreadthSelector,
+        OpenAIGenerator,
+        TransformersGenerator,
+        quickstart,
+    )
     from trl_bpo.evaluation import comparison_table, evaluate_policy
     from trl_bpo.formats import drop_duplicate_pairs, load_rows, prepare_dataset
     from trl_bpo.report import summary_table
@@ -294,16 +355,6 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
     prepared = prepare(dataset, script_args.start_from)
     dataset, stage = prepared.dataset, prepared.stage
     collected = Path(training_args.output_dir) / "_collected"
-    if stage in ("prompts", "responses"):
-        restart = f"--dataset_name {collected / 'scores.parquet'} --start_from scores --breadth_fraction 1.0"
-        if training_args.resume_from_checkpoint is not None:
-            raise ValueError(f"To resume training, start from the pairs' scores rather than collect anew: {restart}")
-        if script_args.judge == "openai" and (collected / "scores.parquet").exists():
-            raise ValueError(
-                f"{collected} holds the scores of an earlier run, which were paid for. Start from them ({restart}), judge its "
-                f"responses anew ({collected / 'responses.parquet'} --start_from responses) with another `output_dir`, or "
-                "start over there."
-            )
     eval_dataset = None
     if training_args.eval_strategy != "no":
         if stage != "pairs":
@@ -326,7 +377,7 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         allow_truncated_chosen=script_args.allow_truncated_chosen,
     )
     if stage in ("prompts", "responses"):
-        collector.judge = make_judge(script_args, dataset)
+        collector.judge = make_judge(script_args, dataset, collected / "answers")
     model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -340,7 +391,14 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         model_name, revision=model_args.model_revision, trust_remote_code=trust_remote_code
     )
 
-    def make_generator(model: Any) -> TransformersGenerator:
+    sampling = {
+        "max_new_tokens": script_args.max_new_tokens,
+        "temperature": script_args.temperature,
+        "top_p": script_args.top_p,
+        "seed": training_args.seed,
+    }
+
+    def make_generator(model: Any, **options: Any) -> TransformersGenerator:
         kwargs = {
             **model_init_kwargs,
             "quantization_config": quantization_config,
@@ -349,18 +407,23 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         return TransformersGenerator(
             model,
             tokenizer,
-            max_new_tokens=script_args.max_new_tokens,
-            temperature=script_args.temperature,
-            top_p=script_args.top_p,
             batch_size=script_args.generation_batch_size,
-            seed=training_args.seed,
             model_init_kwargs=kwargs if isinstance(model, str) else None,
+            **sampling,
+            **options,
         )
 
     if stage == "prompts":
         if script_args.temperature == 0:
             raise ValueError("`temperature=0` gives the same response every time. Raise it, so that pairs can differ.")
-        collector.generator = make_generator(model_name)
+        options = {"cache_dir": str(collected / "answers"), **script_args.generator_kwargs}
+        if script_args.generator == "openai":
+            served = options.pop("model", model_name)
+            collector.generator = OpenAIGenerator(
+                served, base_url=script_args.generator_base_url, **{**sampling, **options}
+            )
+        else:
+            collector.generator = make_generator(model_name, **options)
     dropped = f", {prepared.dropped} transcript pairs of two contexts dropped" if prepared.dropped else ""
     funnel.add("rows", len(dataset), f"from {public_name(dataset_name)}, start at {stage}{dropped}")
 
@@ -375,7 +438,7 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
             f"of {selection.prompts} distinct; {selection.duplicates} duplicate rows, {selection.over_long} over-long",
         )
 
-    # Candidates. What was paid for is on disk before the next stage begins; a later run can start from it.
+    # Candidates. What was paid for is on disk before it counts: the same command again asks only for what is missing.
     judge_name = public_name(script_args.judge_model or script_args.judge)
     before = None
     if stage == "prompts":
@@ -395,14 +458,23 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
             dataset.to_parquet(collected / "responses.parquet")
         report = collector.report
         funnel.add(
-            "responses", report.responses, f"{report.generated_tokens:,} tokens, {report.truncated} cut at the limit"
+            "responses",
+            report.responses,
+            f"{report.generated_tokens:,} tokens, {report.truncated} cut at the limit{bill(report.generation)}",
         )
     if stage in ("prompts", "responses"):
+        if script_args.judge_batch:
+            status = collector.score_batch(dataset)
+            if not status.is_ready:
+                PartialState().print(status)
+                return
         dataset = collector.score(dataset)
         if state.is_main_process:
             dataset.to_parquet(collected / "scores.parquet")
         scored = sum(score is not None for scores in dataset["scores"] for score in scores)
-        funnel.add("scores", scored, f"{collector.report.unscored} without; by {judge_name}")
+        funnel.add(
+            "scores", scored, f"{collector.report.unscored} without; by {judge_name}{bill(collector.report.judging)}"
+        )
     if stage != "pairs":
         dataset = collector.pair(dataset)
         pairs = collector.report.pairs
@@ -410,7 +482,8 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
             "pairs",
             pairs.pairs,
             f"{pairs.ties} ties, {pairs.unscored} responses without a score, {pairs.truncated_chosen} with a cut-off winner, "
-            f"{pairs.prompts_without_pair} prompts without a pair",
+            f"{pairs.prompts_without_pair} prompts without a pair; the longer response is the chosen one in "
+            f"{pairs.longer_chosen_share:.0%}",
         )
 
     distinct = drop_duplicate_pairs(dataset)

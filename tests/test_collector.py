@@ -78,18 +78,19 @@ def test_real_generator_and_openai_client(generator, monkeypatch):
     def answer(request):
         response = [line for line in request["messages"][1]["content"].splitlines() if line.startswith('"')][1]
         # The judge does not like every answer enough to rate it.
-        return json.dumps({"rating": len(response) % 10 + 1}) if len(response) % 4 else "No idea."
+        length = len(json.loads(response))
+        return json.dumps({"rating": length % 10 + 1}) if length % 4 else "No idea."
 
     dataset = Dataset.from_dict({"prompt": ["The sea", "The wind", "How do I sort"]})
     with OpenAIServer(answer) as server:
-        judge = OpenAIJudge("grader", base_url=server.base_url)
+        judge = OpenAIJudge("grader", base_url=server.base_url, num_reasks=0)
         collector = BPODataCollector(generator, judge, num_responses=6, pair_rule="all", allow_truncated_chosen=True)
         scored = collector.score(collector.generate(dataset))
     assert len(server.requests) == 18
     assert set(scored["judge"]) == {"grader"}
     for row in scored:
         for response, score, verdict in zip(row["responses"], row["scores"], row["verdicts"], strict=True):
-            length = len(json.dumps(response, ensure_ascii=False))
+            length = len(response)
             assert (score, verdict) == (
                 (length % 10 + 1, json.dumps({"rating": length % 10 + 1})) if length % 4 else (None, "No idea.")
             )
@@ -240,7 +241,7 @@ SCRIPT = """
 
     def judge(prompts, completions, **columns):
         judged.extend(completions)
-        # Random, so that two processes that judged for themselves would differ.
+        # Random, so that two processes that did not share their scores would differ.
         import random
         return [random.random() for _ in prompts]
 
@@ -273,6 +274,6 @@ def test_two_processes(tmp_path):
     assert run.stderr.count("Generating responses:   0%") == 1
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["seen"] == prompts[:2] and second["seen"] == prompts[2:]
-    assert (first["judged"], second["judged"]) == (12, 0)
+    assert (first["judged"], second["judged"]) == (8, 4)
     assert first["pairs"] == second["pairs"] and first["tokens"] == second["tokens"]
     assert [row["prompt"] for row in first["pairs"]] == [prompt for prompt in prompts for _ in range(2)]

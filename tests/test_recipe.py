@@ -17,6 +17,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ from minihub import MiniHub
 from openai_server import OpenAIServer
 from pairs import pairs
 from tiny import tiny_reward_model_dir
+
+from trl_bpo import CollectionStopped
 
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "bpo.py"
@@ -128,6 +131,42 @@ def test_from_prompts_with_an_openai_judge(recipe, tiny_dir, encoder, tmp_path, 
     assert len(scored) == 6 and len(scored[0]["scores"]) == 4
     for path in (tmp_path / "out").rglob("*"):
         assert path.is_dir() or b"sk-secret-of-the-test" not in path.read_bytes(), path
+
+
+def test_everything_over_an_api_and_again_without_a_request(recipe, tiny_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    data = write(tmp_path / "prompts.jsonl", [{"prompt": [{"role": "user", "content": f"q {i}"}]} for i in range(6)])
+
+    def answer(request):
+        if "response_format" in request:
+            return json.dumps({"reason": "", "rating": request["messages"][1]["content"].count("sea") % 10 + 1})
+        return "sea " * (request["seed"] % 9 + 1)
+
+    options = dict(
+        dataset_name=data,
+        model_name_or_path=tiny_dir,
+        output_dir=tmp_path / "out",
+        generator="openai",
+        generator_kwargs='{"model": "policy"}',
+        judge_model="gpt-4.1-mini",
+        judge_max_cost=0.001,
+        num_responses=6,
+        num_train_epochs=1,
+    )
+    with OpenAIServer(answer) as server:
+        options |= {"generator_base_url": server.base_url, "judge_base_url": server.base_url}
+        with pytest.raises(CollectionStopped, match="raise `max_cost`"):
+            run(recipe, **options)
+        options["judge_max_cost"] = 1.0
+        run(recipe, **options)
+        asked = len(server.requests)
+        _, printed = check_outputs(tmp_path / "out", capsys, "responses", "scores", "pairs")
+        shutil.rmtree(tmp_path / "out" / "_selections")
+        run(recipe, **options)
+        assert len(server.requests) == asked
+    assert "tokens, $0.00" in printed and "the longer response is the chosen one in" in printed
+    card = (tmp_path / "out" / "_curated_dataset" / "README.md").read_text()
+    assert "tokens, \\$0.00" in card
 
 
 def test_from_responses_with_a_reward_model(recipe, tiny_dir, tmp_path, capsys):
@@ -320,7 +359,8 @@ def test_the_configurations_of_the_paper_run_with_a_local_file_and_a_small_model
         ([{"prompt": "q"}], {"ignore_data_skip": "true"}, "`ignore_data_skip=True` does not go with selection"),
         ([{"prompt": "q"}], {"dataset_streaming": "true"}, "`dataset_streaming` does not go"),
         ([{"prompt": "q"}], {"eval_strategy": "epoch"}, "`eval_strategy` needs pairs"),
-        ([{"prompt": "q"}], {"resume_from_checkpoint": "x"}, "--start_from scores"),
+        ([{"prompt": "q"}], {"judge": "verifiable", "judge_max_cost": 1}, "`judge_max_cost` needs a judge over an API"),
+        ([{"prompt": "q"}], {"judge": "reward_model", "judge_batch": "true"}, "`judge_batch` needs `judge='openai'`"),
         ([{"prompt": "q"}], {"curated_dataset_hub_id": "a/b/c"}, "a/b/c"),
         ([{"prompt": "q"}], {"prompt_column": "nope"}, "`prompt_column='nope'` is not among"),
         ([{"prompt": "q"}, {"prompt": ""}], {}, "Row 1 has an empty `prompt`"),
@@ -347,16 +387,6 @@ def test_bad_input_is_one_clear_error(rows, options, message, recipe, tiny_dir, 
     (Dataset.from_list(rows) if rows else Dataset.from_dict({"prompt": []})).to_parquet(data)
     with pytest.raises(ValueError, match=message):
         run(recipe, dataset_name=data, model_name_or_path=tiny_dir, output_dir=tmp_path / "out", **options)
-
-
-def test_paid_scores_are_not_overwritten(recipe, tiny_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "any")
-    data = write(tmp_path / "prompts.jsonl", [{"prompt": "q"}])
-    scores = tmp_path / "out" / "_collected" / "scores.parquet"
-    scores.parent.mkdir(parents=True)
-    scores.touch()
-    with pytest.raises(ValueError, match="were paid for.*--start_from scores --breadth_fraction 1.0"):
-        run(recipe, dataset_name=data, model_name_or_path=tiny_dir, output_dir=tmp_path / "out", judge_model="judge")
 
 
 def test_copies_are_dropped_and_saved_scores_keep_their_judge(recipe, tiny_dir, tmp_path, capsys):

@@ -15,6 +15,7 @@
 """Balanced Preference Optimization (BPO) for TRL: select the preference data that is worth training on."""
 
 from ._version import __version__
+from .api import CollectionStopped
 from .bpo_config import BPOConfig
 from .bpo_trainer import BPOTrainer
 from .breadth import BreadthSelection, BreadthSelector
@@ -22,9 +23,11 @@ from .collector import BPODataCollector
 from .depth import DepthSelection, DepthSelector
 from .generation import TransformersGenerator
 from .judging import Verdict
-from .openai_judge import OpenAIJudge
+from .openai_generator import OpenAIGenerator
+from .openai_judge import OpenAIJudge, OpenAIPairwiseJudge
 from .reward_model_judge import RewardModelJudge
 from .verifiable import VerifiableJudge
+from .vllm_generator import VLLMGenerator
 
 
 __all__ = [
@@ -33,11 +36,15 @@ __all__ = [
     "BPOTrainer",
     "BreadthSelection",
     "BreadthSelector",
+    "CollectionStopped",
     "DepthSelection",
     "DepthSelector",
+    "OpenAIGenerator",
     "OpenAIJudge",
+    "OpenAIPairwiseJudge",
     "RewardModelJudge",
     "TransformersGenerator",
+    "VLLMGenerator",
     "Verdict",
     "VerifiableJudge",
     "__version__",

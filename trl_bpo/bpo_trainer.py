@@ -40,9 +40,10 @@ from .card import CuratedCardData, card_data_of_run
 from .clustering import check_n_clusters
 from .depth import DepthSelection, DepthSelector
 from .hub import push_curated_dataset, save_curated_dataset
-from .pair_features import PairFeatures, on_main_process, remove_stores
+from .pair_features import PairFeatures, remove_stores
 from .pool import PairPool, identify_pairs, open_truncated_responses
 from .preconditioning import check_second_moment
+from .processes import on_main_process
 from .projection import SparseProjection
 from .responses import unique_responses
 from .sampler import ActivePairsSampler

@@ -27,17 +27,22 @@ Every stage takes and gives a [`~datasets.Dataset`] and keeps the other columns 
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset, List, Value
 
-from .generation import Generator
-from .judging import Judge, judge_responses
+from .api import APIReport, CollectionStopped, total_report
+from .api.batch import BatchStatus
+from .generation import Generator, Response
+from .judging import Judge, Verdict, judge_responses, one_response_a_row
+from .openai_generator import OpenAIGenerator
+from .openai_judge import OpenAIJudge, OpenAIPairwiseJudge
 from .pairing import PairReport, build_pairs, pair_indices
+from .processes import on_main_process
 
 
 logger = logging.getLogger(__name__)
@@ -71,6 +76,10 @@ class CollectionReport:
             Number of responses to which the judge gave no score.
         pairs ([`PairReport`], *optional*):
             What became of the responses and of the candidate pairs.
+        generation ([`~api.APIReport`], *optional*):
+            Requests, tokens and money of the responses, over all processes, if they came over an API.
+        judging ([`~api.APIReport`], *optional*):
+            Requests, tokens and money of the verdicts, over all processes, if they came over an API.
         seconds (`dict[str, float]`, *optional*, defaults to `{}`):
             Wall-clock time of each stage.
     """
@@ -80,6 +89,8 @@ class CollectionReport:
     truncated: int = 0
     unscored: int = 0
     pairs: PairReport | None = None
+    generation: APIReport | None = None
+    judging: APIReport | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -89,14 +100,17 @@ class BPODataCollector:
 
     What the stages cost: [`~BPODataCollector.generate`] takes `num_responses` generations a prompt, and
     [`~BPODataCollector.score`] one judgement a response, which at a paid API is usually most of the bill.
-    [`~BPODataCollector.pair`] is next to free. Select prompts before you collect, and save what a stage gives with
-    `save_to_disk` before you run the next one: within a stage nothing is saved, so a stage that is interrupted starts
-    over. A dataset that has been through a stage can be given to [`~BPODataCollector.collect`] to go on from there.
+    [`~BPODataCollector.pair`] is next to free. Select prompts before you collect.
 
-    Under `accelerate launch` the processes share the prompts to generate for. The main process judges while the others
-    wait, and all end with the same dataset. On CPUs, create an `Accelerator` or the training arguments before anything
-    else: nothing but these reads from the launcher that there are several processes. If judging takes longer than the timeout of the process group, raise it
-    (`InitProcessGroupKwargs`), or judge in a run of its own with one process.
+    To lose nothing when a run is killed, give generator and judge a `cache_dir`: every answer is there before it counts,
+    and the same call again goes on from there and ends with the same dataset. Without one, a stage that is interrupted
+    starts over. A dataset that has been through a stage can be given to [`~BPODataCollector.collect`] to go on from there.
+
+    Under `accelerate launch` the processes share the prompts, to generate for as well as to judge, and all end with the
+    same dataset; what stops one of them stops all. On CPUs, create an `Accelerator` or the training arguments before
+    anything else: nothing but these reads from the launcher that there are several processes. A process that has done its
+    share waits for the others: if their shares can differ by more than the timeout of the process group, raise it
+    (`InitProcessGroupKwargs`).
 
     Args:
         generator (`Callable`, *optional*):
@@ -174,11 +188,14 @@ class BPODataCollector:
         _check_dataset(dataset, needs=["prompt"], adds=["responses", "truncated"])
         if self.generator is None:
             raise ValueError("`generator` is needed to sample responses. Give one, or a dataset with `responses`.")
-        with self._timed("generate"), PartialState().split_between_processes(list(range(len(dataset)))) as indices:
-            share = dataset.select(indices)
+        generator = self.generator
+
+        def sample(share: Dataset) -> list[list[Response]]:
             tools = list(share["tools"]) if "tools" in share.column_names else None
-            own = self.generator(list(share["prompt"]), self.num_responses, tools) if indices else []
-            sampled = gather_object(own)
+            return generator(list(share["prompt"]), self.num_responses, tools)
+
+        with self._timed("generate"):
+            sampled, self.report.generation = _share(dataset, sample, generator)
         counts = sorted({len(row) for row in sampled})
         if len(sampled) != len(dataset) or counts != [self.num_responses]:
             raise ValueError(
@@ -215,14 +232,13 @@ class BPODataCollector:
         _check_dataset(dataset, needs=["prompt", "responses"], adds=["scores", "verdicts", "judge"])
         if self.judge is None:
             raise ValueError("`judge` is needed to score responses. Give one, or a dataset with `scores`.")
-        columns = {name: list(dataset[name]) for name in dataset.column_names if name not in _NOT_FOR_THE_JUDGE}
+        judge = self.judge
+
+        def judge_share(share: Dataset) -> list[list[Verdict]]:
+            return judge_responses(judge, *_judge_inputs(share))
+
         with self._timed("score"):
-            verdicts = [
-                judge_responses(self.judge, list(dataset["prompt"]), list(dataset["responses"]), columns)
-                if PartialState().is_main_process
-                else None
-            ]
-            (rows,) = broadcast_object_list(verdicts)
+            rows, self.report.judging = _share(dataset, judge_share, judge)
         scores = [[verdict.score for verdict in row] for row in rows]
         self.report.unscored = sum(score is None for row in scores for score in row)
         raw = [[verdict.raw for verdict in row] for row in rows]
@@ -231,6 +247,35 @@ class BPODataCollector:
         dataset = dataset.add_column("scores", scores, feature=List(Value("float64")))
         dataset = dataset.add_column("verdicts", raw, feature=List(Value("string")))
         return dataset.add_column("judge", [name] * len(dataset), feature=Value("string"))
+
+    def score_batch(self, dataset: Dataset) -> BatchStatus:
+        """
+        Hand responses in to the Batch API of the judge, at half the price, and take in the verdicts that are ready.
+
+        Call it again, in the same or in later runs, until [`~api.batch.BatchStatus.is_ready`]; then
+        [`~BPODataCollector.score`] finds the verdicts in the judge's `cache_dir`, and asks for what is left over.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                Prompts, in the column `prompt`, and their `responses`.
+
+        Returns:
+            [`~api.batch.BatchStatus`]: Where the jobs stand, the same on all processes.
+
+        Raises:
+            `ValueError`: If the judge is no [`OpenAIJudge`] with a `cache_dir`, or the dataset is empty or lacks a column.
+            [`~api.CollectionStopped`]: If the verdicts could cost more than `max_cost`.
+        """
+        _check_dataset(dataset, needs=["prompt", "responses"], adds=["scores", "verdicts", "judge"])
+        judge = self.judge
+        if not isinstance(judge, OpenAIJudge):
+            raise ValueError("`judge` must be an `OpenAIJudge` to judge through the Batch API.")
+
+        def hand_in() -> BatchStatus:
+            judge.submit_batch(**one_response_a_row(*_judge_inputs(dataset)))
+            return judge.collect_batch()
+
+        return on_main_process(PartialState(), hand_in)
 
     def pair(self, dataset: Dataset) -> Dataset:
         """
@@ -292,6 +337,43 @@ class BPODataCollector:
         start = time.perf_counter()
         yield
         self.report.seconds[stage] = time.perf_counter() - start
+
+
+def _judge_inputs(dataset: Dataset) -> tuple[list, list, dict[str, list]]:
+    columns = {name: list(dataset[name]) for name in dataset.column_names if name not in _NOT_FOR_THE_JUDGE}
+    return list(dataset["prompt"]), list(dataset["responses"]), columns
+
+
+def _share(
+    dataset: Dataset, work: Callable[[Dataset], list], asker: Generator | Judge
+) -> tuple[list, APIReport | None]:
+    """Have each process work on its share of the rows. Gives the results of all, in order, and what was asked for them."""
+    state = PartialState()
+    results: list = []
+    error: Exception | None = None
+    with state.split_between_processes(list(range(len(dataset)))) as indices:
+        try:
+            if indices:
+                results = work(dataset.select(indices))
+        except Exception as raised:
+            error = raised
+    report = None
+    if indices and isinstance(asker, (OpenAIGenerator, OpenAIJudge, OpenAIPairwiseJudge)):
+        report = asker.report
+    if state.num_processes > 1:
+        # A process that stopped alone would leave the others waiting for it.
+        told = None if error is None else (isinstance(error, CollectionStopped), state.process_index, str(error))
+        stops = [stop for stop in gather_object([told]) if stop is not None]
+        if stops and error is None:
+            is_resumable, process, message = stops[0]
+            error = (CollectionStopped if is_resumable else RuntimeError)(f"Process {process} has stopped: {message}")
+    if error is not None:
+        raise error
+    if state.num_processes > 1:
+        results = gather_object(results)
+        reports = [one for one in gather_object([report]) if one is not None]
+        report = total_report(reports) if reports else None
+    return results, report
 
 
 def _check_dataset(dataset: Dataset, needs: list[str], adds: list[str]) -> None:

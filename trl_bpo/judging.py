@@ -64,6 +64,33 @@ class Judge(Protocol):
         ...
 
 
+def one_response_a_row(
+    prompts: list[str | list[dict]], responses: list[list[str]], columns: dict[str, list] | None = None
+) -> dict[str, list]:
+    """
+    Arguments for a judge, out of rows with several responses each.
+
+    Args:
+        prompts (`list[str | list[dict]]`):
+            Prompts in TRL's standard or conversational format.
+        responses (`list[list[str]]`):
+            Texts of the responses of each prompt.
+        columns (`dict[str, list]`, *optional*):
+            Further columns, one value a prompt.
+
+    Returns:
+        `dict[str, list]`: `prompts`, `completions` and the columns, one value a response.
+    """
+    rows = [row for row, texts in enumerate(responses) for _ in texts]
+    completions = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, texts in zip(prompts, responses, strict=True)
+        for text in texts
+    ]
+    repeated = {name: [column[row] for row in rows] for name, column in (columns or {}).items()}
+    return {"prompts": [prompts[row] for row in rows], "completions": completions, **repeated}
+
+
 def judge_responses(
     judge: Judge,
     prompts: list[str | list[dict]],
@@ -90,16 +117,7 @@ def judge_responses(
         `ValueError`: If the judge does not give one number, `None` or [`Verdict`] a response.
     """
     rows = [row for row, texts in enumerate(responses) for _ in texts]
-    completions = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, texts in zip(prompts, responses, strict=True)
-        for text in texts
-    ]
-    entries = judge(
-        prompts=[prompts[row] for row in rows],
-        completions=completions,
-        **{name: [column[row] for row in rows] for name, column in (columns or {}).items()},
-    )
+    entries = judge(**one_response_a_row(prompts, responses, columns))
     if len(entries) != len(rows):
         raise ValueError(f"The judge must give one entry a response, but gave {len(entries)} for {len(rows)}.")
     verdicts: list[list[Verdict]] = [[] for _ in prompts]

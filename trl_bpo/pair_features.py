@@ -522,39 +522,6 @@ def assemble_pairs(store: FeatureStore, pairs: np.ndarray, coefficients: np.ndar
     return features
 
 
-def on_main_process(accelerator: Any, function: Callable[[], T]) -> T:
-    """
-    Have the main process alone decide something, and all processes take its answer: what they work out by themselves
-    might differ. All processes must call this.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            The accelerator.
-        function (`Callable`):
-            What the main process calls.
-
-    Returns:
-        What it returns, on all processes.
-
-    Raises:
-        Its error on the main process, and on the others one with the same text, as they would wait for ever.
-    """
-    outcome: list[Any] = [None, None]
-    failure = None
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = function()
-        except Exception as error:
-            # Not every error can be sent.
-            failure, outcome[1] = error, (isinstance(error, ValueError), str(error))
-    broadcast_object_list(outcome, from_process=0)
-    if failure is not None:
-        raise failure
-    if outcome[1] is not None:
-        raise (ValueError if outcome[1][0] else RuntimeError)(outcome[1][1])
-    return outcome[0]
-
-
 def remove_stores(folder: Path, accelerator: Any, keep: Path | None = None) -> None:
     """
     Delete stores once they are not needed. All processes must call this.

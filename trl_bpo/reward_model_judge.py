@@ -15,6 +15,7 @@
 """A reward model as the judge."""
 
 import logging
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.utils import logging as transformers_logging
 from trl.trainer.utils import pad
 
+from .answer_store import AnswerStore, content_key
+from .model_fingerprint import model_fingerprint
 from .prompts import completion_text, parse_tools, without_none
 
 
@@ -44,6 +47,10 @@ class RewardModelJudge:
         max_length (`int`, *optional*):
             Number of tokens of prompt and response after which the text is cut off; how many were is logged. By
             default, nothing is cut off.
+        cache_dir (`str`, *optional*):
+            Folder in which the scores are kept, a batch at a time, so that the same call after a kill goes on where it
+            ended. A score is found again by the model's content ([`~model_fingerprint.model_fingerprint`]) and by the
+            token ids. By default, nothing is written.
         model_init_kwargs (`dict`, *optional*):
             Keyword arguments for `from_pretrained` if `model` is a path or model id, for example `dtype`.
 
@@ -58,6 +65,7 @@ class RewardModelJudge:
         *,
         batch_size: int = 16,
         max_length: int | None = None,
+        cache_dir: str | None = None,
         model_init_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if batch_size < 1 or (max_length is not None and max_length < 1):
@@ -84,6 +92,7 @@ class RewardModelJudge:
         self.processing_class = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
         self.batch_size = batch_size
         self.max_length = max_length
+        self.cache_dir = cache_dir
 
     def __call__(
         self, *, prompts: list[str | list[dict]], completions: list[str | list[dict]], **columns: Any
@@ -114,16 +123,32 @@ class RewardModelJudge:
                 logger.warning(f"{too_long} of {len(input_ids)} responses were cut off at {self.max_length} tokens.")
             input_ids = [ids[: self.max_length] for ids in input_ids]
         order = sorted(range(len(input_ids)), key=lambda row: len(input_ids[row]), reverse=True)
+        keys: list[str] = []
+        if self.cache_dir is not None:
+            model = model_fingerprint(self.model)
+            keys = [content_key(["reward", model, ids]) for ids in input_ids]
         scores = [0.0] * len(input_ids)
         was_training = self.model.training
         self.model.eval()
         try:
-            with transformers_logging.tqdm(total=len(order), desc="Scoring responses") as progress:
+            with (
+                closing(AnswerStore(self.cache_dir)) as store,
+                transformers_logging.tqdm(
+                    total=len(order), desc="Scoring responses", disable=not PartialState().is_main_process
+                ) as progress,
+            ):
                 for start in range(0, len(order), self.batch_size):
-                    rows = order[start : start + self.batch_size]
-                    for row, score in zip(rows, self._forward([input_ids[row] for row in rows]), strict=True):
-                        scores[row] = score
-                    progress.update(len(rows))
+                    batch = order[start : start + self.batch_size]
+                    # Batches are those of all responses, so that a run that goes on computes what it would have.
+                    rows = [row for row in batch if not keys or keys[row] not in store]
+                    if rows:
+                        for row, score in zip(rows, self._forward([input_ids[row] for row in rows]), strict=True):
+                            scores[row] = score
+                        if keys:
+                            store.put_many((keys[row], {"score": scores[row]}) for row in rows)
+                    for row in set(batch) - set(rows):
+                        scores[row] = store.get(keys[row])["score"]  # type: ignore[index]
+                    progress.update(len(batch))
         finally:
             self.model.train(was_training)
         return scores
