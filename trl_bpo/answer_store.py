@@ -174,6 +174,22 @@ class AnswerStore:
             self._writer = None
             raise
 
+    def prepare(self) -> None:
+        """
+        Make the folder, so that it shows whether it can be written to before an answer is paid for.
+
+        Raises:
+            `ValueError`: If it cannot.
+        """
+        if self.cache_dir is None:
+            return
+        try:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"`cache_dir` cannot be made: {error}.") from error
+        if not os.access(self.cache_dir, os.W_OK | os.X_OK):
+            raise ValueError(f"`cache_dir` cannot be written to: `{self.cache_dir}`.")
+
     def refresh(self) -> None:
         """Take in what other processes and runs have written to the folder since the store was opened."""
         if self.cache_dir is None or not self.cache_dir.is_dir():

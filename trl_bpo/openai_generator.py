@@ -67,6 +67,10 @@ class OpenAIGenerator:
             Seconds after which a request is given up and retried.
         max_retries (`int`, *optional*, defaults to `5`):
             Number of retries of a request after connection errors and server errors.
+        extra_body (`dict`, *optional*):
+            Further fields of each request, for what a server knows beyond OpenAI's API, such as `{"top_k": 20}` or
+            `{"chat_template_kwargs": {"enable_thinking": False}}` with vLLM. `transformers serve` samples only if the
+            generation config of the model says so, or `{"generation_config": '{"do_sample": true, "eos_token_id": 2}'}`.
         cache_dir (`str`, *optional*):
             Folder in which the responses are kept. By default they are kept in memory, and lost with the process.
         prices (`str` or `dict`, *optional*):
@@ -103,6 +107,7 @@ class OpenAIGenerator:
         max_concurrency: int = 64,
         timeout: float = 600.0,
         max_retries: int = 5,
+        extra_body: dict[str, Any] | None = None,
         cache_dir: str | None = None,
         prices: str | dict | None = None,
         max_cost: float | None = None,
@@ -125,6 +130,7 @@ class OpenAIGenerator:
         self.temperature = temperature
         self.top_p = top_p
         self.seed = seed
+        self.extra_body = extra_body or {}
         self.report: APIReport | None = None
 
     def __call__(
@@ -171,6 +177,11 @@ class OpenAIGenerator:
                 failures.append({"row": row, "response": position % num_responses, **failure})
                 responses[row].append(Response("", False, 0))
         self.client.list_failures("responses", failures)
+        if num_responses > 1 and all(len({response.text for response in row}) == 1 for row in responses):
+            logger.warning(
+                f"All {num_responses} responses to a prompt are the same, for every prompt: the server does not sample, or "
+                "ignores `seed`. Such responses make no pairs. See `extra_body`."
+            )
         return responses
 
     def estimate(self, prompts: list[str | list[dict]], num_responses: int, tools: list | None = None) -> CostEstimate:
@@ -257,7 +268,7 @@ class OpenAIGenerator:
                     content |= {"tools": parsed, "tool_choice": "none"}
             tokens = estimate_tokens(render_prompt(prompt, prompt_tools))
             for sample in range(num_responses):
-                body = {**content, **sampling}
+                body = {**content, **sampling, **self.extra_body}
                 if self.seed is not None:
                     # A seed for each sample, or a server would give the same response to all.
                     body["seed"] = int(content_key([self.seed, content, sample])[:7], 16)

@@ -48,6 +48,7 @@ class _APIJudge:
         num_reasks: int,
         temperature: float | None,
         max_tokens: int | None,
+        extra_body: dict[str, Any] | None,
         **client_options: Any,
     ) -> None:
         if num_reasks < 0:
@@ -61,12 +62,13 @@ class _APIJudge:
         self.num_reasks = num_reasks
         self.temperature = temperature
         self.max_tokens = max_tokens
+        self.extra_body = extra_body or {}
         self.report: APIReport | None = None
         self._response_format = response_format
 
     def _request(self, messages: list[dict], vote: int = 0, **options: Any) -> APIRequest:
         body = {"messages": messages, "temperature": self.temperature, "max_tokens": self.max_tokens, **options}
-        body = {name: value for name, value in body.items() if value is not None}
+        body = {name: value for name, value in body.items() if value is not None} | self.extra_body
         key = content_key([self.client.model, body, self._response_format, vote])
         return APIRequest(key, body, sum(estimate_tokens(message["content"]) for message in messages))
 
@@ -79,14 +81,14 @@ class _APIJudge:
 
         def is_usable(answer: dict) -> bool:
             nonlocal ignored
-            text = answer["text"] or ""
-            if answer["format"] is not None and answer["finish_reason"] == "stop" and text and not ignored:
-                ignored = not text.lstrip().startswith("{")
-                if ignored:
-                    logger.warning(
-                        "The server ignores `response_format`: an answer is no JSON. Verdicts are read from the text, as "
-                        "far as it is in the form that the prompt asks for."
-                    )
+            text = (answer["text"] or "").lstrip()
+            # Reasoning models think before they answer.
+            if answer["format"] is not None and text and not text.startswith(("{", "<think>")) and not ignored:
+                ignored = True
+                logger.warning(
+                    "The server ignores `response_format`: an answer is no JSON. Verdicts are read from the text, as far as "
+                    "it is in the form that the prompt asks for."
+                )
             return _readable(answer, read)
 
         self.report = self.client.ask(
@@ -160,6 +162,8 @@ class OpenAIJudge(_APIJudge):
         max_retries (`int`, *optional*, defaults to `5`):
             Number of retries of a request after connection errors and server errors, at growing intervals. Waiting for a
             rate limit uses up none.
+        extra_body (`dict`, *optional*):
+            Further fields of each request, such as `{"reasoning_effort": "low"}`.
         cache_dir (`str`, *optional*):
             Folder in which the answers are kept. By default they are kept in memory, and lost with the process.
         prices (`str` or `dict`, *optional*):
@@ -200,6 +204,7 @@ class OpenAIJudge(_APIJudge):
         max_tokens: int | None = 512,
         timeout: float = 120.0,
         max_retries: int = 5,
+        extra_body: dict[str, Any] | None = None,
         cache_dir: str | None = None,
         prices: str | dict | None = None,
         max_cost: float | None = None,
@@ -222,6 +227,7 @@ class OpenAIJudge(_APIJudge):
             num_reasks=num_reasks,
             temperature=temperature,
             max_tokens=max_tokens,
+            extra_body=extra_body,
             max_concurrency=max_concurrency,
             timeout=timeout,
             max_retries=max_retries,
@@ -397,6 +403,8 @@ class OpenAIPairwiseJudge(_APIJudge):
             Seconds after which a request is given up and retried.
         max_retries (`int`, *optional*, defaults to `5`):
             Number of retries of a request.
+        extra_body (`dict`, *optional*):
+            Further fields of each request.
         cache_dir (`str`, *optional*):
             Folder in which the answers are kept.
         prices (`str` or `dict`, *optional*):
@@ -432,6 +440,7 @@ class OpenAIPairwiseJudge(_APIJudge):
         max_tokens: int | None = 512,
         timeout: float = 120.0,
         max_retries: int = 5,
+        extra_body: dict[str, Any] | None = None,
         cache_dir: str | None = None,
         prices: str | dict | None = None,
         max_cost: float | None = None,
@@ -444,6 +453,7 @@ class OpenAIPairwiseJudge(_APIJudge):
             num_reasks=num_reasks,
             temperature=temperature,
             max_tokens=max_tokens,
+            extra_body=extra_body,
             max_concurrency=max_concurrency,
             timeout=timeout,
             max_retries=max_retries,

@@ -243,15 +243,17 @@ class _Jobs:
         # The address itself may hold a password.
         self._prefix = f"batch-{content_key(str(openai_client.base_url))[:8]}-"
         self._journal = folder / "batches.jsonl"
-        self._lost = set(folder.glob(f"{self._prefix}*.jsonl"))
+        files = set(folder.glob(f"{self._prefix}*.jsonl"))
+        self._lost = set(files)
         for event in self._events():
+            job_id, file = event["id"], folder / event["file"]
+            if file not in files:
+                continue
             if event["event"] == "created":
-                file = folder / event["file"]
-                if file in self._lost:
-                    self._lost.remove(file)
-                    self.under_way[event["id"]] = file
-            elif (ended := self.under_way.pop(event["id"], None)) and event["status"] == "completed":
-                self.completed.append(ended)
+                self._lost.discard(file)
+                self.under_way[job_id] = file
+            elif self.under_way.pop(job_id, None) is not None and event["status"] == "completed":
+                self.completed.append(file)
 
     def _events(self) -> list[dict]:
         text = self._journal.read_text(encoding="utf-8") if self._journal.exists() else ""
@@ -341,7 +343,7 @@ class _Jobs:
         for file_id in filter(None, (job.output_file_id, job.error_file_id)):
             collected += self._call(self._read, file_id, form, reasons, not_found=gone)
         if reasons:
-            said = "; ".join(f"{count} x {_without_key(reason)}" for reason, count in reasons.most_common(3))
+            said = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
             logger.warning(f"{reasons.total()} requests of the job `{job_id}` of the Batch API have no answer: {said}")
         if job.status != "completed":
             said = "; ".join(_without_key(item.message or "") for item in (job.errors and job.errors.data) or [])
@@ -351,7 +353,7 @@ class _Jobs:
             )
         # The answers have to be on the disk when the job is let go of.
         self.client.store.flush()
-        self._note({"event": "ended", "id": job_id, "status": job.status})
+        self._note({"event": "ended", "id": job_id, "file": file.name, "status": job.status})
         del self.under_way[job_id]
         return collected
 
@@ -369,7 +371,7 @@ class _Jobs:
                         self.client.store.put(key, {**answer, "format": form, "batch": True})
                         collected += 1
                         continue
-                reasons[json.dumps(entry.get("error") or result.get("body"))[:200]] += 1
+                reasons[_without_key(json.dumps(entry.get("error") or result.get("body")))] += 1
         return collected
 
     def _note_created(self, job_id: str, file: Path) -> None:

@@ -207,6 +207,7 @@ class APIClient:
             [`CollectionStopped`]: If the call ended early and can be repeated.
         """
         start = time.perf_counter()
+        self.store.prepare()
         self.store.refresh()
         estimate = self.estimate(requests())
         if PartialState().is_main_process:

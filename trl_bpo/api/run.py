@@ -20,6 +20,7 @@ import random
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
@@ -43,6 +44,9 @@ _LONGEST_BACKOFF = 60.0
 # Answers that cannot be used, with none that can be among them, after which going on is a waste of money.
 _PATIENCE = 32
 _FAILURES_IN_A_ROW = 8
+_CONNECTIONS_PER_POOL = 32
+# Seconds between the first requests of two workers, which is more than a request takes of the CPU.
+_START_APART = 0.004
 # What an answer may cost where nothing limits it, in tokens.
 TOKENS_WITHOUT_LIMIT = 2048
 _NOT_A_COMPLETION = ValueError(
@@ -103,31 +107,44 @@ class Run:
         """Have the requests answered. Gives the error to raise if that ended early, after what was under way has ended."""
         from openai import DEFAULT_CONNECTION_LIMITS, AsyncOpenAI, DefaultAsyncHttpxClient
 
-        # The client keeps 100 connections; above that it would close one and open another for every request.
+        workers = min(self.concurrency, self.estimate.requests)
+        # The connection pool goes through all of its connections for every request, so several small ones take less.
+        pools = -(-workers // _CONNECTIONS_PER_POOL)
+        # By default a pool keeps 100 connections, and above that closes one and opens another for every request.
         limits = type(DEFAULT_CONNECTION_LIMITS)(
-            max_connections=self.concurrency, max_keepalive_connections=self.concurrency
+            max_connections=_CONNECTIONS_PER_POOL, max_keepalive_connections=_CONNECTIONS_PER_POOL
         )
         iterator = iter(requests)
         with transformers_logging.tqdm(
             total=self.estimate.requests, desc=self.desc, disable=not PartialState().is_main_process
         ) as self._progress:
-            async with AsyncOpenAI(
-                api_key=api_key(),
-                base_url=self.client.base_url,
-                timeout=self.client.timeout,
-                max_retries=0,
-                http_client=DefaultAsyncHttpxClient(limits=limits, timeout=self.client.timeout),
-            ) as openai_client:
+            async with AsyncExitStack() as stack:
+                clients = [
+                    await stack.enter_async_context(
+                        AsyncOpenAI(
+                            api_key=api_key(),
+                            base_url=self.client.base_url,
+                            max_retries=0,
+                            http_client=DefaultAsyncHttpxClient(limits=limits, timeout=self.client.timeout),
+                            timeout=self.client.timeout,
+                        )
+                    )
+                    for _ in range(pools)
+                ]
                 try:
                     async with asyncio.TaskGroup() as group:
-                        for _ in range(min(self.concurrency, self.estimate.requests)):
-                            group.create_task(self._work_off(iterator, openai_client))
+                        for worker in range(workers):
+                            group.create_task(self._work_off(iterator, clients[worker % pools], worker * _START_APART))
                 except ExceptionGroup as errors:
                     # For example a full disk, which every worker finds: one error says it.
                     raise errors.exceptions[0] from None
         return self._stop
 
-    async def _work_off(self, requests: Iterator[APIRequest], openai_client: "openai.AsyncOpenAI") -> None:
+    async def _work_off(
+        self, requests: Iterator[APIRequest], openai_client: "openai.AsyncOpenAI", delay: float
+    ) -> None:
+        # What is sent at once is answered at once, and would wait for each other in every round.
+        await asyncio.sleep(delay)
         for request in requests:
             if self._stop is not None:
                 return
