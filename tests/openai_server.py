@@ -18,7 +18,7 @@
 import json
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -30,6 +30,8 @@ class Reply:
     body: dict | str
     status: int = 200
     content_type: str = "application/json"
+    # Retries come at once, so that tests of them are fast.
+    headers: dict[str, str] = field(default_factory=lambda: {"retry-after-ms": "1"})
 
 
 def completion(content: str | None, finish_reason: str = "stop", refusal: str | None = None) -> Reply:
@@ -98,6 +100,8 @@ class OpenAIServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            # Headers and body in one packet: the body would wait for the client to acknowledge the headers, 40 ms.
+            wbufsize = -1
 
             def do_POST(self):
                 reply = respond(self)
@@ -105,8 +109,8 @@ class OpenAIServer:
                 self.send_response(reply.status)
                 self.send_header("Content-Type", reply.content_type)
                 self.send_header("Content-Length", str(len(body)))
-                # Retries come at once, so that tests of them are fast.
-                self.send_header("retry-after-ms", "1")
+                for name, value in reply.headers.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(body)
 

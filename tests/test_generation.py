@@ -264,7 +264,7 @@ def test_model_init_kwargs(model_dir):
 
 def stored_keys(folder):
     lines = [line for path in folder.glob("*.jsonl") for line in path.read_bytes().splitlines(keepends=True)]
-    return [json.loads(line)["key"] for line in lines if line.endswith(b"}\n")]
+    return [key for line in lines if line.endswith(b"}\n") for key in json.loads(line)["keys"]]
 
 
 def test_stored_responses_are_not_generated_again(model, tokenizer, tmp_path, caplog):
@@ -443,3 +443,22 @@ def test_continuous_batching_names_the_failure(model, tokenizer):
     with pytest.raises(RuntimeError, match="index out of range"):
         TransformersGenerator(model, tokenizer, max_new_tokens=2, continuous_batching=True)(["sea"], num_responses=1)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_batch_that_a_kill_tore(model_dir, tmp_path):
+    # A write of several answers can be cut anywhere. What is left of the batch must be what it would have been.
+    prompts = [f"Question number {row}" for row in range(6)]
+
+    def generate(folder):
+        return TransformersGenerator(model_dir, max_new_tokens=6, batch_size=6, cache_dir=str(folder))(prompts, 2)
+
+    whole = generate(tmp_path)
+    (path,) = tmp_path.glob("answers-*.jsonl")
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 2
+    for cut in (1, len(lines[1]) // 2, len(lines[1]) - 1):
+        path.write_bytes(lines[0] + lines[1][:cut])
+        assert generate(tmp_path) == whole, cut
+        for other in tmp_path.glob("answers-*.jsonl"):
+            if other != path:
+                other.unlink()

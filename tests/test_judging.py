@@ -27,17 +27,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from openai_server import OpenAIServer, Reply, completion, error, refuse_structured_output
 from tiny import tiny_reward_model_dir
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl.rewards import think_format_reward
 
-from trl_bpo import OpenAIJudge, RewardModelJudge, Verdict
+from trl_bpo import BPODataCollector, OpenAIJudge, RewardModelJudge, Verdict
+from trl_bpo.answer_store import AnswerStore
+from trl_bpo.api import CollectionStopped
 from trl_bpo.judging import judge_responses
-from trl_bpo.openai_judge import parse_rating
+from trl_bpo.openai_judge import OpenAIPairwiseJudge
+from trl_bpo.rubrics import load_rubric
 
 
 KEY = "sk-very-secret-1234567890"
+# The server says that each answer took 10 and 5 tokens.
+PRICES = {"grader": {"input_cost_per_token": 1e-6, "output_cost_per_token": 4e-6}}
+COST = 10 * 1e-6 + 5 * 4e-6
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -52,7 +59,12 @@ def judged_texts(request):
 
 
 def rate_by_length(request):
-    return json.dumps({"reason": "so", "rating": len(judged_texts(request)[1])})
+    return json.dumps({"reason": "so", "rating": len(judged_texts(request)[1].strip())})
+
+
+def numbered(count):
+    # A request that is there twice is sent once.
+    return [f"response {position}" for position in range(count)]
 
 
 @pytest.fixture(autouse=True)
@@ -64,50 +76,13 @@ def key(monkeypatch):
 def judge_with(answer, responses=("one",), key=None, prompts=None, **options):
     prompts = prompts or ["What is it?"] * len(responses)
     with OpenAIServer(answer, key=key) as server:
-        judge = OpenAIJudge("grader", base_url=server.base_url, max_retries=1, **options)
+        judge = OpenAIJudge("grader", **{"base_url": server.base_url, "max_retries": 1, **options})
         verdicts = judge(prompts=prompts, completions=list(responses))
     return verdicts, server
 
 
-@pytest.mark.parametrize(
-    ("text", "rating"),
-    [
-        ('{"reason": "good", "rating": 7}', 7),
-        ('  {"rating": 10}\n', 10),
-        ('{"rating": 7.5}', 7.5),
-        ('Here it is:\n```json\n{"reason": "x", "rating": 3}\n```\nDone.', 3),
-        ('```\n{"rating": 3}\n```', 3),
-        ("7", 7),
-        ("7/10", 7),
-        ("Rating: 7", 7),
-        ("rating: 7 / 10", 7),
-        ("[[7]]", 7),
-        ("I would give it a 7.", None),
-        ("The response lists 9 planets. Rating: 7", None),
-        ('I think {"rating": 7} is right', None),
-        ('```json\n{"rating": 10}\n```\nwas quoted, mine is\n```json\n{"rating": 1}\n```', None),
-        ('{"rating": 0}', None),
-        ('{"rating": 11}', None),
-        ('{"rating": -3}', None),
-        ("11", None),
-        ('{"rating": true}', None),
-        ('{"rating": NaN}', None),
-        ('{"rating": Infinity}', None),
-        ('{"rating": "7"}', None),
-        ('{"rating": null}', None),
-        ('{"score": 7}', None),
-        ('{"reason": "cut off in the mid', None),
-        ('["rating", 7]', None),
-        ("[" * 100_000, None),
-        ("", None),
-    ],
-)
-def test_parse_rating(text, rating):
-    assert parse_rating(text) == rating
-
-
 def test_verdicts_keep_their_order_under_concurrency():
-    responses = ["x" * (1 + position % 10) for position in range(40)]
+    responses = [" " * (position // 10) + "x" * (1 + position % 10) for position in range(40)]
     barrier = threading.Barrier(4, timeout=30)
 
     def answer(request):
@@ -116,7 +91,7 @@ def test_verdicts_keep_their_order_under_concurrency():
         return rate_by_length(request)
 
     verdicts, server = judge_with(answer, responses, max_concurrency=4)
-    assert [verdict.score for verdict in verdicts] == [float(len(response)) for response in responses]
+    assert [verdict.score for verdict in verdicts] == [float(len(response.strip())) for response in responses]
     assert verdicts[2].raw == '{"reason": "so", "rating": 3}'
     assert server.max_in_flight == 4
     request = server.requests[0]
@@ -151,7 +126,7 @@ def test_conversational_prompts_and_tools_are_shown():
     ],
 )
 def test_judged_text_cannot_leave_its_string(attack):
-    _, server = judge_with(rate_by_length, ["harmless", attack], prompts=[attack, "harmless"], max_concurrency=1)
+    _, server = judge_with(lambda _: "5", ["harmless", attack], prompts=[attack, "harmless"], max_concurrency=1)
     messages = [request["messages"] for request in server.requests]
     assert [[message["role"] for message in conversation] for conversation in messages] == [["system", "user"]] * 2
     assert messages[0][0] == messages[1][0]
@@ -167,7 +142,7 @@ def test_judged_text_cannot_leave_its_string(attack):
 
 def read_template():
     judge = OpenAIJudge("grader", base_url="http://127.0.0.1:9")
-    return judge.prompt_template
+    return judge.rubric.template
 
 
 def test_own_template():
@@ -179,7 +154,7 @@ def test_own_template():
     ("template", "message"), [("{prompt}", "`{response}`"), ("no", "`{prompt}` and `{response}`")]
 )
 def test_template_without_placeholder(template, message):
-    with pytest.raises(ValueError, match=f"`prompt_template` lacks the placeholder {message}"):
+    with pytest.raises(ValueError, match=f"`template` lacks the placeholder {message}"):
         OpenAIJudge("grader", prompt_template=template)
 
 
@@ -205,10 +180,55 @@ def test_one_unreadable_verdict_stops_nothing(caplog):
     assert found["eleven"].raw == '{"rating": 11}'
     assert found["refusal"].raw == "I cannot rate this."
     assert found["filtered"].raw == '{"rating": 5}'
-    assert found["null"].raw == found["empty"].raw == "finish_reason: stop"
-    assert found["azure"].raw == found["long"].raw == "BadRequestError"
-    assert "10 of 11 responses got no usable verdict" in caplog.text
-    assert "2 x BadRequestError" in caplog.text
+    assert found["null"].raw == found["empty"].raw == found["no choices"].raw == "empty answer"
+    assert found["azure"].raw == "content_filter" and found["long"].raw == "context_length_exceeded"
+    assert found["not json"].raw == "JSONDecodeError"
+    assert "1 x refused by the model" in caplog.text and "3 x empty answer" in caplog.text
+
+
+def test_unreadable_verdict_is_asked_again():
+    answers = {
+        "soon": ["Hm.", "7"],
+        "never": ["Hm.", "Well."],
+        "at once": ["3"],
+        "refusal": [completion(None, refusal="no")],
+    }
+    with OpenAIServer(lambda request: answers[judged_texts(request)[1]].pop(0)) as server:
+        judge = OpenAIJudge("grader", base_url=server.base_url, max_concurrency=1)
+        for _ in range(2):
+            # The second time everything is known, also that two answers were of no use.
+            verdicts = judge(prompts=["a"] * 4, completions=list(answers))
+            assert verdicts == [Verdict(7.0, "7"), Verdict(None, "Well."), Verdict(3.0, "3"), Verdict(None, "no")]
+        assert len(server.requests) == 6
+    assert (judge.report.usable, judge.report.unusable, judge.report.sent, judge.report.from_store) == (2, 2, 0, 4)
+
+
+def test_asking_again_can_be_switched_off():
+    verdicts, server = judge_with(lambda _: "Hm.", ["a", "b"], num_reasks=0)
+    assert verdicts == [Verdict(None, "Hm.")] * 2 and len(server.requests) == 2
+
+
+def test_identical_requests_are_sent_once():
+    with OpenAIServer(rate_by_length) as server:
+        judge = OpenAIJudge("grader", base_url=server.base_url, prices=PRICES)
+        verdicts = judge(prompts=["a"] * 60, completions=["four", "three"] * 30)
+        assert [verdict.score for verdict in verdicts] == [4.0, 5.0] * 30
+        assert len(server.requests) == 2
+        # The rejected one, too.
+        server.answer = lambda request: error(400, "The response was filtered.", "content_filter")
+        assert [verdict.score for verdict in judge(prompts=["b"] * 30, completions=["x"] * 30)] == [None] * 30
+        assert len(server.requests) == 3
+    assert (judge.report.requests, judge.report.failed) == (30, 30)
+
+
+def test_cost_of_identical_requests_counts_once():
+    with OpenAIServer(rate_by_length) as server:
+        judge = OpenAIJudge("grader", base_url=server.base_url, prices=PRICES, max_concurrency=2)
+        for spent in (2, 0):
+            judge(prompts=["a"] * 60, completions=["four", "three"] * 30)
+            report = judge.report
+            assert (report.requests, report.usable, report.prompt_tokens, report.completion_tokens) == (60, 60, 20, 10)
+            assert report.cost == pytest.approx(2 * COST) and report.spent == pytest.approx(spent * COST)
 
 
 @pytest.mark.parametrize("status", [400, 422, 500])
@@ -216,30 +236,80 @@ def test_refused_structured_output_falls_back_once(caplog, status):
     answer = refuse_structured_output(status, lambda request: "Rating: 4")
     with OpenAIServer(answer) as server:
         judge = OpenAIJudge("grader", base_url=server.base_url, max_concurrency=1, max_retries=0)
-        for _ in range(2):
-            verdicts = judge(prompts=["a"] * 3, completions=["b"] * 3)
+        for run in range(2):
+            verdicts = judge(prompts=[f"prompt {run}"] * 3, completions=numbered(3))
             assert verdicts == [Verdict(4.0, "Rating: 4")] * 3
-    # The format is tried with the first request and never again.
-    assert ["response_format" in request for request in server.requests] == [True] + [False] * 6
-    assert caplog.text.count("refuses structured output") == 1
+    # Each form is tried once and never again.
+    formats = [request.get("response_format", {}).get("type") for request in server.requests]
+    assert formats == ["json_schema", "json_object"] + [None] * 6
+    assert caplog.text.count("refuses structured output") == 2 and caplog.text.count("with plain text") == 1
+
+
+def test_server_that_knows_json_without_a_schema(caplog):
+    def answer(request):
+        if request["response_format"]["type"] == "json_schema":
+            return error(400, "response_format.type must be 'text' or 'json_object'")
+        return rate_by_length(request)
+
+    verdicts, server = judge_with(answer, ["one", "four"], max_concurrency=1)
+    assert [verdict.score for verdict in verdicts] == [3.0, 4.0]
+    assert [request["response_format"]["type"] for request in server.requests] == ["json_schema"] + ["json_object"] * 2
+    assert "with `response_format` of type `json_object`" in caplog.text
+
+
+def test_ignored_structured_output_is_said_once(caplog):
+    verdicts, _ = judge_with(lambda _: "Rating: 4", numbered(5))
+    assert [verdict.score for verdict in verdicts] == [4.0] * 5
+    assert caplog.text.count("ignores `response_format`") == 1
+
+
+def test_newer_name_of_the_token_limit():
+    def answer(request):
+        if "max_tokens" in request:
+            return error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+        return rate_by_length(request)
+
+    verdicts, server = judge_with(answer, ["one", "four"], max_concurrency=1)
+    assert [verdict.score for verdict in verdicts] == [3.0, 4.0]
+    assert [request.get("max_completion_tokens") for request in server.requests] == [None, 512, 512]
 
 
 def test_server_errors_are_retried_and_then_counted(caplog):
-    failures = {"once": 1, "always": 10**6, "limited": 10**6}
+    failures = {"once": 1, "always": 10**6}
 
     def answer(request):
         name = judged_texts(request)[1]
         failures[name] = failures.get(name, 0) - 1
-        if failures[name] < 0:
-            return '{"rating": 6}'
-        return error(429, "Slow down.") if name == "limited" else error(503, "Overloaded.")
+        return error(503, "Overloaded.") if failures[name] >= 0 else '{"rating": 6}'
 
-    verdicts, server = judge_with(answer, ["fine", "once", "always", "limited"])
-    expected = [6.0, 6.0, None, None]
-    assert [verdict.score for verdict in verdicts] == expected
-    assert [verdict.raw for verdict in verdicts[2:]] == ["InternalServerError", "RateLimitError"]
-    assert len(server.requests) == 1 + 2 + 2 + 2
-    assert "1 x InternalServerError" in caplog.text and "1 x RateLimitError" in caplog.text
+    verdicts, server = judge_with(answer, ["fine", "once", "always"])
+    assert verdicts[:2] == [Verdict(6.0, '{"rating": 6}')] * 2
+    assert verdicts[2] == Verdict(None, "InternalServerError")
+    assert len(server.requests) == 1 + 2 + 2
+    assert "1 x InternalServerError" in caplog.text
+
+
+def test_rate_limit_uses_up_no_retry():
+    remaining = [7]
+
+    def answer(request):
+        if judged_texts(request)[1] == "limited" and remaining[0] > 0:
+            remaining[0] -= 1
+            return error(429, "Slow down.")
+        return rate_by_length(request)
+
+    verdicts, server = judge_with(answer, ["limited", "four"], max_retries=0, max_concurrency=1)
+    assert [verdict.score for verdict in verdicts] == [7.0, 4.0] and len(server.requests) == 9
+
+
+def test_rate_limit_of_hours_stops_resumably():
+    replies = [Reply("{}", 429, headers={"Retry-After": "7200"})]
+    with OpenAIServer(lambda request: replies.pop() if replies else rate_by_length(request)) as server:
+        judge = OpenAIJudge("grader", base_url=server.base_url)
+        with pytest.raises(CollectionStopped, match="leaves nothing through for another 7,2.*again later"):
+            judge(prompts=["a"] * 9, completions=["x" * (1 + row) for row in range(9)])
+        verdicts = judge(prompts=["a"] * 9, completions=["x" * (1 + row) for row in range(9)])
+    assert [verdict.score for verdict in verdicts] == [float(1 + row) for row in range(9)]
 
 
 @pytest.mark.parametrize(("responses", "failures"), [(200, 3), (2, 2)])
@@ -251,33 +321,78 @@ def test_unreachable_server_stops_the_run(responses, failures):
         # The second time, the count starts anew.
         for _ in range(2):
             with pytest.raises(ValueError, match=f"cannot be reached: {failures} requests.*`base_url`") as raised:
-                judge(prompts=["a"] * responses, completions=["b"] * responses)
+                judge(prompts=["a"] * responses, completions=numbered(responses))
     assert raised.value.__context__ is None and raised.value.__cause__ is None
 
 
-def test_server_that_went_away_stops_nothing(caplog):
-    with OpenAIServer(rate_by_length) as server:
-        judge = OpenAIJudge("grader", base_url=server.base_url, max_retries=0, max_concurrency=2)
-        assert judge(prompts=["a"], completions=["four"])[0].score == 4
-    verdicts = judge(prompts=["a"] * 5, completions=["b"] * 5)
-    assert verdicts == [Verdict(None, "APIConnectionError")] * 5
-    assert "5 x APIConnectionError" in caplog.text
+def test_server_that_goes_away_stops_resumably(tmp_path):
+    def answer(request):
+        if len(server.requests) > 20:
+            raise ConnectionError("The handler ends here, and the connection with it.")
+        return rate_by_length(request)
+
+    responses = ["x" * (1 + row % 10) + " " * (row // 10) for row in range(60)]
+    with OpenAIServer(answer) as server:
+        options = {"base_url": server.base_url, "max_retries": 0, "cache_dir": str(tmp_path)}
+        with pytest.raises(CollectionStopped, match="8 requests in a row ended with `APIConnectionError`.*again"):
+            OpenAIJudge("grader", max_concurrency=2, **options)(prompts=["a"] * 60, completions=responses)
+        # One may be under way when the last one fails.
+        assert 28 <= len(server.requests) <= 30
+        server.answer, asked = rate_by_length, len(server.requests)
+        judge = OpenAIJudge("grader", **options)
+        verdicts = judge(prompts=["a"] * 60, completions=responses)
+    assert [verdict.score for verdict in verdicts] == [float(len(response.strip())) for response in responses]
+    assert judge.report.from_store == 20 and len(server.requests) == asked + 40
 
 
-def test_only_connection_errors_in_a_row_stop_the_run():
-    barrier = threading.Barrier(2, timeout=30)
+def test_only_failures_in_a_row_stop_the_run():
+    def answer(request):
+        if judged_texts(request)[1].startswith("lost"):
+            raise ConnectionError("The handler ends here, and the connection with it.")
+        return "7"
+
+    responses = [f"{'fine' if row % 8 == 0 else 'lost'} {row}" for row in range(64)]
+    verdicts, _ = judge_with(answer, responses, max_retries=0, max_concurrency=1)
+    assert [verdict.raw for verdict in verdicts] == (["7"] + ["APIConnectionError"] * 7) * 8
+
+
+def test_an_isolated_rejection_is_counted_and_asked_again(tmp_path):
+    rejected = {f"response {row}" for row in range(5, 40, 3)}
 
     def answer(request):
-        # Two by two, so that two errors never follow each other.
-        barrier.wait()
-        if judged_texts(request)[1] == "lost":
-            raise ConnectionError("The handler ends here, and the connection with it.")
-        return "Good."
+        return error(400, "I do not like it.") if judged_texts(request)[1] in rejected else '{"rating": 6}'
 
-    with OpenAIServer(answer) as server:
-        judge = OpenAIJudge("grader", base_url=server.base_url, max_retries=0, max_concurrency=2)
-        verdicts = judge(prompts=["a"] * 12, completions=["lost", "prose", "prose", "prose"] * 3)
-    assert [verdict.raw for verdict in verdicts] == ["APIConnectionError", "Good.", "Good.", "Good."] * 3
+    options = {"cache_dir": str(tmp_path), "max_concurrency": 1}
+    verdicts, server = judge_with(answer, numbered(40), **options)
+    assert sum(verdict.score is None for verdict in verdicts) == len(rejected) == 12
+    assert verdicts[5] == Verdict(None, "BadRequestError")
+    failures = [json.loads(line) for line in (tmp_path / "failed-judgements-00000.jsonl").read_text().splitlines()]
+    assert failures[0] == {"row": 5, "vote": 0, "reason": "BadRequestError", "answer": None}
+    assert [failure["row"] for failure in failures] == list(range(5, 40, 3))
+    # Nothing but rejections is left for a second run, which is no reason to stop.
+    again, server = judge_with(answer, numbered(40), **options)
+    assert again == verdicts and len(server.requests) == 12
+    last, server = judge_with(lambda _: '{"rating": 6}', numbered(40), **options)
+    assert [verdict.score for verdict in last] == [6.0] * 40 and len(server.requests) == 12
+    assert not (tmp_path / "failed-judgements-00000.jsonl").exists()
+
+
+def test_a_judge_of_no_use_is_not_paid_for_long(tmp_path):
+    with pytest.raises(ValueError, match="32 answers, none of which can be used; the last one: unreadable"):
+        judge_with(lambda _: "I like it.", numbered(200), num_reasks=0, max_concurrency=4, cache_dir=str(tmp_path))
+    paid = AnswerStore(tmp_path)
+    assert 32 <= len(paid) <= 35
+
+
+def test_useless_answers_of_an_earlier_run_stop_nothing(tmp_path):
+    def answer(request):
+        return "Hm." if int(judged_texts(request)[1].split()[1]) < 40 else "7"
+
+    # The readable ones come first, and then, when all is known, last.
+    options = {"num_reasks": 0, "max_concurrency": 1, "cache_dir": str(tmp_path)}
+    backwards, _ = judge_with(answer, numbered(80)[::-1], **options)
+    forwards, server = judge_with(answer, numbered(80), **options)
+    assert forwards == backwards[::-1] and not server.requests
 
 
 @pytest.mark.parametrize(
@@ -285,6 +400,7 @@ def test_only_connection_errors_in_a_row_stop_the_run():
     [
         (error(401, f"Incorrect API key provided: {KEY}."), "`OPENAI_API_KEY`"),
         (error(403, f"{KEY} may not do that."), "`OPENAI_API_KEY`"),
+        (error(400, f"Bad {KEY}"), "The server says: .*Bad \\*\\*\\*"),
         (error(404, f"The model `grader` does not exist for {KEY}.", "model_not_found"), "`model`.*does not exist"),
         (error(400, "Unsupported parameter: 'max_tokens'."), "`max_tokens=None`.*Unsupported parameter"),
         (error(429, "You exceeded your quota.", "insufficient_quota"), "no quota left"),
@@ -300,7 +416,7 @@ def test_errors_that_meet_every_response_stop_at_once(caplog, reply, message):
         return reply
 
     with pytest.raises(ValueError, match=message) as raised:
-        judge_with(answer, ["x"] * 200, max_concurrency=2)
+        judge_with(answer, numbered(200), max_concurrency=2)
     trace = "".join(traceback.format_exception(raised.value))
     assert len(requests) <= 4
     # No chained error of the client, which repeats what the server said.
@@ -314,7 +430,7 @@ def test_wrong_key_is_not_sent_200_times(monkeypatch, caplog):
     with OpenAIServer(rate_by_length, key=KEY) as server:
         judge = OpenAIJudge("grader", base_url=server.base_url, max_concurrency=2)
         with pytest.raises(ValueError, match="rejects the key") as raised:
-            judge(prompts=["a"] * 200, completions=["b"] * 200)
+            judge(prompts=["a"] * 200, completions=numbered(200))
     assert 1 <= server.rejected <= 4
     assert "sk-wrong" not in str(raised.value) and "sk-wrong" not in caplog.text
 
@@ -393,9 +509,328 @@ def test_stops_within_a_running_event_loop():
             asyncio.run(notebook_cell(server.base_url))
 
 
-def test_bad_concurrency():
-    with pytest.raises(ValueError, match="`max_concurrency`"):
-        OpenAIJudge("grader", max_concurrency=0)
+def test_the_stop_button_of_a_notebook_stops_the_requests(tmp_path):
+    # In a process of its own, whose event loop leaves SIGINT to Python, as a notebook's does.
+    code = f"""
+import asyncio, os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from openai_server import OpenAIServer
+from trl_bpo import OpenAIJudge
+
+def answer(request):
+    if len(server.requests) == 20:
+        os.kill(os.getpid(), signal.SIGINT)
+    return '{{"rating": 6}}'
+
+async def cell():
+    OpenAIJudge("grader", base_url=server.base_url, cache_dir={str(tmp_path)!r}, max_concurrency=2)(
+        prompts=["a"] * 2000, completions=[str(row) for row in range(2000)]
+    )
+
+with OpenAIServer(answer) as server:
+    try:
+        asyncio.new_event_loop().run_until_complete(cell())
+    except KeyboardInterrupt:
+        print("stopped after", len(server.requests))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "stopped after" in result.stdout, result.stderr
+    sent = int(result.stdout.split()[-1])
+    assert sent < 1000 and sent - 3 <= len(AnswerStore(tmp_path)) <= sent
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_concurrency": 0},
+        {"num_votes": 0},
+        {"num_reasks": -1},
+        {"max_tokens": 0},
+        {"max_retries": -1},
+        {"timeout": 0},
+        {"max_cost": 0},
+        {"rubric": "beauty"},
+    ],
+)
+def test_bad_options(options):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}|rubric `beauty`"):
+        OpenAIJudge("grader", **options)
+
+
+# What is kept, asked anew, and paid for
+
+
+def count_asked(tmp_path, answer=rate_by_length, responses=("one", "four"), **options):
+    options = {"cache_dir": str(tmp_path), "temperature": 0.5, **options}
+    verdicts, server = judge_with(answer, responses, **options)
+    return len(server.requests)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt_template": "Rate {response} to {prompt}."},
+        {"rubric": "safety"},
+        {"temperature": 0.7},
+        {"temperature": None},
+        {"max_tokens": 100},
+        {"expected_score": True},
+        {"rubric": "ultrafeedback"},
+    ],
+)
+def test_what_changes_the_answer_asks_anew(tmp_path, change):
+    def answer(request):
+        return json.dumps(dict.fromkeys(["rating", *load_rubric("ultrafeedback").aspects], 5))
+
+    assert count_asked(tmp_path, answer) == 2
+    assert count_asked(tmp_path, answer, **change) == 2
+    assert count_asked(tmp_path, answer) == count_asked(tmp_path, answer, **change) == 0
+
+
+def test_another_model_asks_anew(tmp_path):
+    assert count_asked(tmp_path) == 2
+    with OpenAIServer(rate_by_length) as server:
+        judge = OpenAIJudge("other", base_url=server.base_url, cache_dir=str(tmp_path), temperature=0.5)
+        judge(prompts=["What is it?"] * 2, completions=["one", "four"])
+        assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_concurrency": 3},
+        {"timeout": 7.0},
+        {"max_retries": 0},
+        {"num_reasks": 3},
+        {"prices": PRICES},
+        {"prices": PRICES, "max_cost": 1.0},
+        {"rubric": load_rubric("overall")},
+        {"prompt_template": load_rubric("overall").template},
+        {"base_url": "http://localhost:9/v1"},
+    ],
+)
+def test_what_does_not_change_the_answer_asks_nothing(tmp_path, change):
+    assert count_asked(tmp_path) == 2
+    assert count_asked(tmp_path, **change) == 0
+
+
+def test_more_votes_and_more_rows_ask_what_is_missing(tmp_path):
+    assert count_asked(tmp_path) == 2
+    assert count_asked(tmp_path, num_votes=3) == 4
+    assert count_asked(tmp_path, num_votes=2) == 0
+    assert count_asked(tmp_path, responses=("four", "seven", "one")) == 1
+
+
+def test_votes():
+    votes = {"a": ["2", "3", "7"], "b": ["Hm.", "4", "Hm.", "Hm.", "Hm.", "So."]}
+    with OpenAIServer(lambda request: votes[judged_texts(request)[1]].pop(0)) as server:
+        judge = OpenAIJudge("grader", base_url=server.base_url, max_concurrency=1, num_votes=3, temperature=1.0)
+        first, second = judge(prompts=["p"] * 2, completions=["a", "b"])
+    assert first == Verdict(4.0, '["2", "3", "7"]')
+    assert second == Verdict(4.0, '["4", "Hm.", "So."]')
+    assert (judge.report.requests, judge.report.usable, judge.report.unusable, judge.report.reasked) == (6, 4, 2, 3)
+    with pytest.raises(ValueError, match="`temperature=0` gives the same verdict 2 times"):
+        OpenAIJudge("grader", num_votes=2)
+
+
+def with_logprobs(text, chances):
+    """A completion whose last character but one is the rating."""
+    reply = completion(text)
+    content = [{"token": text[:-2], "logprob": -0.1, "bytes": None, "top_logprobs": []}]
+    top = [{"token": token, "logprob": math.log(chance), "bytes": None} for token, chance in chances.items()]
+    content.append({"token": text[-2], "logprob": math.log(chances[text[-2]]), "bytes": None, "top_logprobs": top})
+    content.append({"token": "}", "logprob": 0.0, "bytes": None, "top_logprobs": []})
+    reply.body["choices"][0]["logprobs"] = {"content": content, "refusal": None}
+    return reply
+
+
+def test_expected_score(caplog, tmp_path):
+    text = '{"reason": "so", "rating": 7}'
+    replies = {"a": with_logprobs(text, {"7": 0.75, "3": 0.25}), "b": text}
+    options = {"expected_score": True, "cache_dir": str(tmp_path)}
+    for expected in (2, 0):
+        # The second time, the probabilities come from the disk.
+        verdicts, server = judge_with(lambda request: replies[judged_texts(request)[1]], ["a", "b"], **options)
+        assert verdicts[0].score == pytest.approx(6.0) and verdicts[1].score == 7.0
+        assert len(server.requests) == expected
+        assert all(request["logprobs"] and request["top_logprobs"] == 20 for request in server.requests)
+    assert caplog.text.count("1 ratings come without probabilities") == 2
+    assert all("logprobs" not in request for request in judge_with(rate_by_length)[1].requests)
+
+
+def test_aspects():
+    rubric = load_rubric("ultrafeedback")
+    answer = json.dumps({"reason": "so", **dict(zip(rubric.aspects, [10, 8, 3, 6], strict=True))})
+    verdicts, server = judge_with(lambda _: answer, rubric="ultrafeedback")
+    assert verdicts == [Verdict(6.75, answer)]
+    assert server.requests[0]["response_format"] == rubric.response_format()
+
+
+def test_estimate_sends_nothing(tmp_path):
+    with OpenAIServer(rate_by_length) as server:
+        judge = OpenAIJudge(
+            "grader", base_url=server.base_url, cache_dir=str(tmp_path), prices=PRICES, num_votes=2, temperature=1.0
+        )
+        columns = {"prompts": ["a"] * 3, "completions": ["x", "xx", "xxx"]}
+        estimate = judge.estimate(**columns)
+        assert not server.requests
+        judge(prompts=["a"], completions=["xx"])
+        characters = sum(len(message["content"]) for message in server.requests[0]["messages"])
+        rest = judge.estimate(**columns)
+        assert len(server.requests) == 2
+    assert (estimate.requests, estimate.from_store, estimate.completion_tokens) == (6, 0, 6 * 512)
+    assert estimate.prompt_tokens == pytest.approx(6 * characters / 4, rel=0.05)
+    assert estimate.cost == pytest.approx(estimate.prompt_tokens * 1e-6 + 6 * 512 * 4e-6)
+    assert (rest.requests, rest.from_store, rest.completion_tokens) == (6, 2, 4 * 512)
+    assert OpenAIJudge("grader", max_tokens=None, prices=PRICES).estimate(**columns).cost is None
+
+
+def test_max_cost_stops_before_it_is_passed_and_goes_on(tmp_path):
+    def answer(request):
+        # About what is set aside for a request: no more than the estimate for the prompt, and all that an answer may take.
+        reply = completion(rate_by_length(request))
+        reply.body["usage"] = {"prompt_tokens": 340, "completion_tokens": 16, "total_tokens": 356}
+        return reply
+
+    cost, limit = 340 * 1e-6 + 16 * 4e-6, 0.0045
+    options = {"prices": PRICES, "max_tokens": 16, "cache_dir": str(tmp_path), "max_concurrency": 4}
+    responses = [f"{'x' * (1 + row % 10)}{' ' * (row // 10)}" for row in range(100)]
+    columns = {"prompts": ["a"] * 100, "completions": responses}
+    with OpenAIServer(answer) as server:
+        judge = OpenAIJudge("grader", base_url=server.base_url, max_cost=limit, **options)
+        assert judge.estimate(**columns).prompt_tokens / 100 == pytest.approx(350, abs=10)
+        with pytest.raises(CollectionStopped, match="`max_cost` is reached.*raise `max_cost`.*run the same again"):
+            judge(**columns)
+        asked = len(server.requests)
+        # It goes as far as it can, also while others are under way.
+        assert limit - 1.1 * cost <= asked * cost <= limit
+        assert len(AnswerStore(tmp_path)) == asked
+        # The same again pays for nothing. What is paid for counts wherever it stands in the order.
+        for order in (1, -1):
+            with pytest.raises(CollectionStopped):
+                judge(**{name: column[::order] for name, column in columns.items()})
+            assert len(server.requests) == asked
+        larger = OpenAIJudge("grader", base_url=server.base_url, max_cost=1.0, **options)
+        verdicts = larger(**columns)
+        assert len(server.requests) == 100
+    assert [verdict.score for verdict in verdicts] == [float(1 + row % 10) for row in range(100)]
+    report = larger.report
+    assert report.cost == pytest.approx(100 * cost) and report.spent == pytest.approx((100 - asked) * cost)
+    assert (report.sent, report.from_store, report.usable) == (100 - asked, asked, 100)
+
+
+def test_max_cost_needs_a_price():
+    with pytest.raises(ValueError, match="`max_cost` needs the price of `grader`.*`prices`"):
+        OpenAIJudge("grader", max_cost=1.0)
+    OpenAIJudge("grader", max_cost=1.0, prices=PRICES)
+
+
+def test_folder_that_cannot_be_written_to_is_said_before_anything_is_paid_for(tmp_path):
+    (tmp_path / "file").write_text("A file of somebody else.")
+    with OpenAIServer(rate_by_length) as server:
+        for cache_dir in (tmp_path / "file", tmp_path / "file" / "below"):
+            with pytest.raises(ValueError, match="`cache_dir` cannot be made.*file"):
+                OpenAIJudge("grader", base_url=server.base_url, cache_dir=str(cache_dir))(
+                    prompts=["a"], completions=["b"]
+                )
+        assert not server.requests
+
+
+def test_two_judges_at_once_share_a_folder(tmp_path):
+    responses = ["x" * (1 + row % 10) + " " * (row // 10) for row in range(200)]
+    results = []
+    with OpenAIServer(rate_by_length) as server:
+
+        def judge_all(rows):
+            judge = OpenAIJudge("grader", base_url=server.base_url, cache_dir=str(tmp_path))
+            results.append(judge(prompts=["a"] * 200, completions=rows) == expected(rows))
+
+        def expected(rows):
+            return [Verdict(float(len(row.strip())), rate_by_length_raw(row)) for row in rows]
+
+        threads = [threading.Thread(target=judge_all, args=(rows,)) for rows in (responses, responses[::-1])]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        asked = len(server.requests)
+        judge_all(responses)
+        assert results == [True] * 3 and len(server.requests) == asked
+    assert len(AnswerStore(tmp_path)) == 200 and len(list(tmp_path.glob("answers-*.jsonl"))) == 2
+
+
+def rate_by_length_raw(response):
+    return json.dumps({"reason": "so", "rating": len(response.strip())})
+
+
+def test_a_judge_finds_what_another_one_has_paid_for_meanwhile(tmp_path):
+    with OpenAIServer(rate_by_length) as server:
+        options = {"base_url": server.base_url, "cache_dir": str(tmp_path)}
+        first, second = OpenAIJudge("grader", **options), OpenAIJudge("grader", **options)
+        assert first(prompts=["a"], completions=["four"]) == second(prompts=["a"], completions=["four"])
+        assert len(server.requests) == 1
+
+
+# OpenAIPairwiseJudge
+
+
+def prefer(choose):
+    """A judge of pairs that says what `choose` gives for the texts that are shown first and second."""
+
+    def answer(request):
+        _, first, second = judged_texts(request)
+        return json.dumps({"reason": "so", "verdict": choose(first, second)})
+
+    return answer
+
+
+def by_length(first, second):
+    return "tie" if len(first) == len(second) else "A" if len(first) > len(second) else "B"
+
+
+def test_pairs_are_judged_in_both_orders():
+    with OpenAIServer(prefer(by_length)) as server:
+        judge = OpenAIPairwiseJudge("grader", base_url=server.base_url)
+        pairs = [["xx", "y"], ["x", "yy"], ["x", "y"]]
+        assert judge.compare(["p"] * 3, pairs) == [1.0, 0.0, 0.5]
+        shown = {tuple(judged_texts(request)) for request in server.requests}
+    assert shown == {("p", *pair) for pair in [*pairs, *(pair[::-1] for pair in pairs)]}
+    assert judge.report.requests == judge.report.sent == 6
+
+
+def test_a_judge_who_prefers_a_place_gives_ties():
+    for place in ("A", "B"):
+        with OpenAIServer(prefer(lambda first, second, place=place: place)) as server:
+            judge = OpenAIPairwiseJudge("grader", base_url=server.base_url)
+            assert judge.compare(["p"] * 2, [["xx", "y"], ["x", "yy"]]) == [0.5, 0.5]
+
+
+def test_pair_without_a_verdict_in_one_order(tmp_path):
+    def answer(request):
+        return "Hm." if judged_texts(request)[1] == "y" else prefer(by_length)(request)
+
+    with OpenAIServer(answer) as server:
+        judge = OpenAIPairwiseJudge("grader", base_url=server.base_url, cache_dir=str(tmp_path), num_reasks=0)
+        assert judge.compare(["p"] * 2, [["xx", "y"], ["xx", "z"]]) == [None, 1.0]
+        assert len(server.requests) == 4
+    (failure,) = (tmp_path / "failed-judgements-00000.jsonl").read_text().splitlines()
+    assert json.loads(failure) == {"row": 0, "swapped": True, "reason": "unreadable", "answer": "Hm."}
+
+
+def test_pairwise_judge_of_the_collector():
+    dataset = Dataset.from_dict({"prompt": ["first", "second"], "responses": [["x", "xxx", "xx"], ["yy", "zz", "y"]]})
+    with OpenAIServer(prefer(by_length)) as server:
+        judge = OpenAIPairwiseJudge("grader", base_url=server.base_url)
+        scored = BPODataCollector(judge=judge, num_responses=3).score(dataset)
+        assert len(server.requests) == 2 * 3 * 2
+    assert list(scored["scores"]) == [[0.0, 1.0, 0.5], [0.75, 0.75, 0.0]]
+    assert json.loads(scored["verdicts"][1][0]) == {"wins": 1, "ties": 1, "losses": 0}
+    assert scored["judge"][0] == "grader"
+
+
+def test_pairwise_judge_needs_two_responses():
+    with pytest.raises(ValueError, match="Row 1 of `completions` has 3 responses"):
+        OpenAIPairwiseJudge("grader").compare(["p"] * 2, [["a", "b"], ["a", "b", "c"]])
 
 
 # RewardModelJudge

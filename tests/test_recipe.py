@@ -359,7 +359,11 @@ def test_the_configurations_of_the_paper_run_with_a_local_file_and_a_small_model
         ([{"prompt": "q"}], {"ignore_data_skip": "true"}, "`ignore_data_skip=True` does not go with selection"),
         ([{"prompt": "q"}], {"dataset_streaming": "true"}, "`dataset_streaming` does not go"),
         ([{"prompt": "q"}], {"eval_strategy": "epoch"}, "`eval_strategy` needs pairs"),
-        ([{"prompt": "q"}], {"judge": "verifiable", "judge_max_cost": 1}, "`judge_max_cost` needs a judge over an API"),
+        (
+            [{"prompt": "q"}],
+            {"judge": "verifiable", "judge_max_cost": 1},
+            "`judge_max_cost` needs a judge over an API",
+        ),
         ([{"prompt": "q"}], {"judge": "reward_model", "judge_batch": "true"}, "`judge_batch` needs `judge='openai'`"),
         ([{"prompt": "q"}], {"curated_dataset_hub_id": "a/b/c"}, "a/b/c"),
         ([{"prompt": "q"}], {"prompt_column": "nope"}, "`prompt_column='nope'` is not among"),

@@ -549,7 +549,10 @@ def test_compact_logprobs_keep_the_expected_score(rating):
         logprob("\n", {"\n": 1.0, "9": 0.0}),
     ]
     compact = compact_logprobs(content)
-    full = [(item["token"], item["logprob"], [(top["token"], top["logprob"]) for top in item["top_logprobs"]]) for item in content]
+    full = [
+        (item["token"], item["logprob"], [(top["token"], top["logprob"]) for top in item["top_logprobs"]])
+        for item in content
+    ]
     assert OVERALL.expected_score(full) == pytest.approx(0.5 * (0.75 * 10 + 0.25 * 1) + 0.5 * 7)
     # It is the same after it was kept on disk.
     kept = json.loads(json.dumps(compact, allow_nan=False))

@@ -100,7 +100,7 @@ def defaults(request):
 
 def stored_keys(folder):
     lines = [line for path in Path(folder).glob("*.jsonl") for line in path.read_bytes().splitlines(keepends=True)]
-    return [json.loads(line)["key"] for line in lines if line.endswith(b"}\n")]
+    return [key for line in lines if line.endswith(b"}\n") for key in json.loads(line)["keys"]]
 
 
 @needs_vllm

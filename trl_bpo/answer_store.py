@@ -37,11 +37,10 @@ from accelerate import PartialState
 
 logger = logging.getLogger(__name__)
 
-# A line starts with the key at a fixed place, so that the index is read without parsing the answers.
+# A line holds what was put together, so that a kill tears all of it or nothing. It starts with the keys, so that the index
+# is read without parsing the answers.
+_LINE = re.compile(rb'\{"keys":\[("[0-9a-f]{32}"(?:,"[0-9a-f]{32}")*)\],"answers":\[')
 _KEY_LENGTH = 32
-_PREFIX = b'{"key":"'
-_MIDDLE = b'","answer":'
-_LINE = re.compile(_PREFIX + b"([0-9a-f]{%d})" % _KEY_LENGTH + _MIDDLE)
 _OFFSET_BITS = 44
 
 
@@ -123,7 +122,8 @@ class AnswerStore:
             self._reader = (number, open(self._files[number], "rb"))
         file = self._reader[1]
         file.seek(offset)
-        return json.loads(file.readline())["answer"]
+        line = json.loads(file.readline())
+        return line["answers"][line["keys"].index(key)]
 
     def put(self, key: str, answer: dict) -> None:
         """
@@ -139,7 +139,7 @@ class AnswerStore:
 
     def put_many(self, answers: Iterable[tuple[str, dict]]) -> None:
         """
-        Keep several answers, in one write.
+        Keep several answers together: after a kill, all of them are there or none.
 
         Args:
             answers (`Iterable[tuple[str, dict]]`):
@@ -154,19 +154,19 @@ class AnswerStore:
             return
         if self._writer is None:
             self._writer = self._open()
-        lines, places, offset = [], [], self._size
+        together: dict[str, dict] = {}
         for key, answer in answers:
-            text = json.dumps(answer, separators=(",", ":"))
-            lines.append(_PREFIX + key.encode() + _MIDDLE + text.encode() + b"}\n")
-            places.append((bytes.fromhex(key), self._own << _OFFSET_BITS | offset))
-            offset += len(lines[-1])
-        data = memoryview(b"".join(lines))
+            together.setdefault(key, answer)
+        content = {"keys": list(together), "answers": list(together.values())}
+        line = json.dumps(content, separators=(",", ":")).encode() + b"\n"
+        data = memoryview(line)
         try:
             while data:
                 data = data[self._writer.write(data) :]
-            for digest, place in places:
-                self._index.setdefault(digest, place)
-            self._size = self._read_up_to[self._files[self._own]] = offset
+            for key in together:
+                self._index.setdefault(bytes.fromhex(key), self._own << _OFFSET_BITS | self._size)
+            self._size += len(line)
+            self._read_up_to[self._files[self._own]] = self._size
         except BaseException:
             # A full disk, or an interrupt from the keyboard. The torn line stays the last one of its file: what is put
             # later goes to another.
@@ -236,7 +236,7 @@ class AnswerStore:
             file.seek(self._read_up_to[path])
             for line in file:
                 # Only the last line can be torn: a writer that fails never writes again. One that lives may finish it.
-                if not line.endswith(b"}\n"):
+                if not line.endswith(b"\n"):
                     return False
                 start = _LINE.match(line)
                 if start is None:
@@ -244,6 +244,7 @@ class AnswerStore:
                         f"`{path}` is no file of answers. Remove it from `cache_dir`, or take another folder."
                     )
                 offset = self._read_up_to[path]
-                self._index.setdefault(bytes.fromhex(start[1].decode()), place | offset)
+                for key in start[1].decode().split(","):
+                    self._index.setdefault(bytes.fromhex(key.strip('"')), place | offset)
                 self._read_up_to[path] = offset + len(line)
         return True

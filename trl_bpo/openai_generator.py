@@ -162,18 +162,14 @@ class OpenAIGenerator:
             return self._requests(prompts, num_responses, tools)
 
         self.report = self.client.ask(requests, path=_path(prompts), is_usable=_is_usable, desc="Generating responses")
-        if self.report.reasons:
-            logger.warning(f"Not every request has a response: {self.report}.")
         responses: list[list[Response]] = [[] for _ in prompts]
         failures: list[dict] = []
-        for position, request in enumerate(requests()):
+        for position, (answer, failure) in enumerate(self.client.read(requests(), self.report, _is_usable)):
             row = position // num_responses
-            answer = self.client.answer(request.key, _is_usable)
-            if answer is not None and _is_usable(answer):
+            if answer is not None:
                 truncated = answer["finish_reason"] == "length"
                 responses[row].append(Response(answer["text"], truncated, answer["completion_tokens"]))
             else:
-                failure = self.client.failure(request.key, answer)
                 failures.append({"row": row, "response": position % num_responses, **failure})
                 responses[row].append(Response("", False, 0))
         self.client.list_failures("responses", failures)

@@ -94,11 +94,12 @@ class _APIJudge:
         self.report = self.client.ask(
             requests, is_usable=is_usable, num_reasks=self.num_reasks, desc="Judging responses"
         )
-        if self.report.reasons:
-            logger.warning(f"Not every request has a usable verdict: {self.report}.")
 
-    def _answer(self, request: APIRequest, read: Callable[[str], Any]) -> dict | None:
-        return self.client.answer(request.key, lambda answer: _readable(answer, read), self.num_reasks)
+    def _read(
+        self, requests: _Requests, read: Callable[[str], Any]
+    ) -> Iterator[tuple[dict | None, dict[str, str | None]]]:
+        assert self.report is not None
+        return self.client.read(requests(), self.report, lambda answer: _readable(answer, read), self.num_reasks)
 
 
 def _readable(answer: dict, read: Callable[[str], Any]) -> bool:
@@ -268,10 +269,8 @@ class OpenAIJudge(_APIJudge):
         failures: list[dict] = []
         plain = 0
         votes: list[tuple[float | None, str | None]] = []
-        for request in requests():
-            answer = self._answer(request, self.rubric.read)
-            if answer is None or not _readable(answer, self.rubric.read):
-                failure = self.client.failure(request.key, answer)
+        for answer, failure in self._read(requests, self.rubric.read):
+            if answer is None:
                 failures.append({"row": len(verdicts), "vote": len(votes), **failure})
                 votes.append((None, failure["answer"] or failure["reason"]))
             else:
@@ -503,12 +502,9 @@ class OpenAIPairwiseJudge(_APIJudge):
         shares: list[float | None] = []
         failures: list[dict] = []
         both: list[str | None] = []
-        for request in requests():
-            answer = self._answer(request, self.rubric.read)
-            if answer is None or not _readable(answer, self.rubric.read):
-                failures.append(
-                    {"row": len(shares), "swapped": bool(both), **self.client.failure(request.key, answer)}
-                )
+        for answer, failure in self._read(requests, self.rubric.read):
+            if answer is None:
+                failures.append({"row": len(shares), "swapped": bool(both), **failure})
                 both.append(None)
             else:
                 both.append(self.rubric.read(answer["text"]))

@@ -26,7 +26,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from accelerate import PartialState
@@ -199,7 +199,8 @@ class APIClient:
                 What is done, for the progress bar.
 
         Returns:
-            [`APIReport`]: What became of the requests. The answers are in the store, see [`~APIClient.answer`].
+            [`APIReport`]: What was asked, and what it took. The answers are in the store: [`~APIClient.read`] gives them,
+            and completes the report.
 
         Raises:
             `ValueError`: If the server rejects the key, the model or the requests, cannot be reached from the start, or
@@ -215,58 +216,79 @@ class APIClient:
             share = "" if processes == 1 else f" (the share of one of {processes} processes)"
             tqdm.write(f"{desc} with `{self.model}`: {estimate}{share}.", file=sys.stderr)
         run = Run(self, path, is_usable, num_reasks, desc, estimate)
-        run.count_stored(requests())
+        if estimate.from_store:
+            run.count_stored(requests())
         try:
             stop = run_in_any_thread(run.work(requests()))
         finally:
             self.store.flush()
         if stop is not None:
             raise stop
-        return self._report(run, requests(), is_usable, num_reasks, time.perf_counter() - start)
+        report = APIReport(
+            requests=estimate.requests,
+            from_store=estimate.from_store,
+            sent=run.sent,
+            reasked=run.reasked,
+            cool_downs=run.cool_downs,
+            prompt_tokens=run.prompt_tokens,
+            completion_tokens=run.completion_tokens,
+            seconds=time.perf_counter() - start,
+        )
+        if self.price is not None:
+            report.cost, report.spent = run.cost, run.cost - run.cost_before
+        return report
 
-    def answer(self, key: str, is_usable: Callable[[dict], bool], num_reasks: int = 0) -> dict | None:
+    def read(
+        self,
+        requests: Iterable[APIRequest],
+        report: APIReport,
+        is_usable: Callable[[dict], bool],
+        num_reasks: int = 0,
+    ) -> Iterator[tuple[dict | None, dict[str, str | None]]]:
         """
-        Look an answer up.
+        Read the answers after [`~APIClient.ask`].
 
         Args:
-            key (`str`):
-                Key of the request.
+            requests (`Iterable[APIRequest]`):
+                The requests that were asked.
+            report ([`APIReport`]):
+                What `ask` gave. `usable`, `unusable`, `failed` and `reasons` are filled in.
             is_usable (`Callable[[dict], bool]`):
                 Whether an answer can be used.
             num_reasks (`int`, *optional*, defaults to `0`):
-                How often the request could be asked again.
+                How often a request could be asked again.
 
-        Returns:
-            `dict` or `None`: The first answer that can be used, or else the last one, or `None` if there is none. With
-            `text` (`str` or `None`), `refusal`, `finish_reason`, `prompt_tokens`, `completion_tokens`, `format` (type of
-            the `response_format` that was sent, or `None`) and, where they were asked for, `logprobs`.
+        Yields:
+            `tuple[dict | None, dict]`: For each request, the first answer that can be used: `text` (`str`), `refusal`,
+            `finish_reason`, `prompt_tokens`, `completion_tokens`, `format` (type of the `response_format` that was sent,
+            or `None`) and, where they were asked for, `logprobs`. If there is none, `None` and what came instead: the
+            `reason`, and the last `answer`, if there is one.
         """
-        answer = None
-        for attempt in range(num_reasks + 1):
-            found = self.store.get(attempt_key(key, attempt))
-            if found is None:
-                break
-            answer = found
-            if is_usable(answer):
-                break
-        return answer
-
-    def failure(self, key: str, answer: dict | None) -> dict[str, str | None]:
-        """
-        Say why a request came to nothing.
-
-        Args:
-            key (`str`):
-                Key of the request.
-            answer (`dict` or `None`):
-                What [`~APIClient.answer`] gave.
-
-        Returns:
-            `dict`: The `reason`, and the `answer` that cannot be used, if there is one.
-        """
-        if answer is None:
-            return {"reason": self.failures.get(key, "not asked"), "answer": None}
-        return {"reason": why_unusable(answer), "answer": answer["refusal"] or answer["text"]}
+        reasons: Counter[str] = Counter()
+        for request in requests:
+            answer = None
+            for attempt in range(num_reasks + 1):
+                found = self.store.get(attempt_key(request.key, attempt))
+                if found is None:
+                    break
+                answer = found
+                if is_usable(answer):
+                    break
+            if answer is None:
+                report.failed += 1
+                failure = {"reason": self.failures[request.key], "answer": None}
+            elif is_usable(answer):
+                report.usable += 1
+                yield answer, {}
+                continue
+            else:
+                report.unusable += 1
+                failure = {"reason": why_unusable(answer), "answer": answer["refusal"] or answer["text"]}
+            reasons[str(failure["reason"])] += 1
+            yield None, failure
+        report.reasons = dict(reasons.most_common())
+        if reasons:
+            logger.warning(f"Not every request has an answer that can be used: {report}.")
 
     def list_failures(self, name: str, failures: list[dict]) -> None:
         """
@@ -338,33 +360,3 @@ class APIClient:
         renamed = self.max_tokens_name == "max_tokens"
         self.max_tokens_name = "max_completion_tokens"
         return renamed
-
-    def _report(
-        self,
-        run: Run,
-        requests: Iterable[APIRequest],
-        is_usable: Callable[[dict], bool],
-        num_reasks: int,
-        seconds: float,
-    ) -> APIReport:
-        report = APIReport(
-            from_store=run.estimate.from_store, sent=run.sent, reasked=run.reasked, cool_downs=run.cool_downs
-        )
-        reasons: Counter[str] = Counter()
-        for request in requests:
-            report.requests += 1
-            answer = self.answer(request.key, is_usable, num_reasks)
-            if answer is not None and is_usable(answer):
-                report.usable += 1
-            elif answer is not None:
-                report.unusable += 1
-                reasons[why_unusable(answer)] += 1
-            else:
-                report.failed += 1
-                reasons[self.failures[request.key]] += 1
-        report.reasons = dict(reasons.most_common())
-        report.prompt_tokens, report.completion_tokens = run.prompt_tokens, run.completion_tokens
-        if self.price is not None:
-            report.cost, report.spent = run.cost, run.cost - run.cost_before
-        report.seconds = seconds
-        return report

@@ -46,7 +46,7 @@ _PATIENCE = 32
 _FAILURES_IN_A_ROW = 8
 _CONNECTIONS_PER_POOL = 32
 # Seconds between the first requests of two workers, which is more than a request takes of the CPU.
-_START_APART = 0.004
+_START_APART = 0.003
 # What an answer may cost where nothing limits it, in tokens.
 TOKENS_WITHOUT_LIMIT = 2048
 _NOT_A_COMPLETION = ValueError(
@@ -291,7 +291,9 @@ class Run:
             self.cool_downs += 1
             self._cool_down = min(2.0 * self._cool_down, _LONGEST_BACKOFF)
             self._cooled_at = now
-            self._resume_at = max(self._resume_at, now + (self._cool_down if retry_after is None else retry_after))
+            # A server that says 0 every time is asked less and less often, too.
+            wait = self._cool_down if retry_after is None else max(retry_after, self._cool_down / 100)
+            self._resume_at = max(self._resume_at, now + wait)
         elif retry_after is not None:
             self._resume_at = max(self._resume_at, now + retry_after)
         if self._rate_limited_since is None:
@@ -322,7 +324,8 @@ class Run:
                 elif answered:
                     stop = CollectionStopped(
                         f"The server has stopped answering: {self._failed_in_a_row} requests in a row ended with "
-                        f"`{outcome.reason}`. All answers so far are kept: run the same again when it is back."
+                        f"`{outcome.reason}`. All answers so far are kept: run the same again when it is back. If it is these "
+                        "requests that it fails at, `max_concurrency` above their number goes on without them."
                     )
                 elif outcome.unreachable:
                     stop = ValueError(
