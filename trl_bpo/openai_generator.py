@@ -35,7 +35,8 @@ class OpenAIGenerator:
     Sample responses with a model behind an OpenAI-compatible API: vLLM, SGLang, `transformers serve` or a hosted one.
 
     Each response is a request of its own, with a seed of its own where the server takes one, so that any of them can be
-    asked for alone. The server batches what is under way at the same time: raise `max_concurrency` until it is busy.
+    asked for alone. vLLM and SGLang take what a request leaves open, such as top-k, from the model's generation config
+    unless they are started otherwise (`--generation-config vllm`, `--sampling-defaults openai`). The server batches what is under way at the same time: raise `max_concurrency` until it is busy.
 
     Every response is in `cache_dir` before it counts, under the content of its request: model, prompt, tools, parameters,
     seed and number of the sample. A run that was killed goes on where it ended. The address of the server and the weights
@@ -50,7 +51,10 @@ class OpenAIGenerator:
             Name of the model, as the server knows it.
         base_url (`str`, *optional*):
             Address of the server, such as `"http://localhost:8000/v1"`. By default, the environment variable
-            `OPENAI_BASE_URL` or else OpenAI's own API. The key is read from `OPENAI_API_KEY`.
+            `OPENAI_BASE_URL` or else OpenAI's own API.
+        api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
+            Environment variable that holds the key. Give a server of your own another one, or it gets to see the key for
+            the hosted API.
         max_new_tokens (`int`, *optional*, defaults to `512`):
             Token limit of a response.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -77,7 +81,7 @@ class OpenAIGenerator:
             Price table, see [`~api.costs.model_price`].
         max_cost (`float`, *optional*):
             US dollars that the responses of a call may cost, those included that earlier runs have paid for. Before it
-            would be passed, the call ends with [`~api.CollectionStopped`].
+            would be passed, as far as prompts can be estimated, the call ends with [`~api.CollectionStopped`].
 
     Attributes:
         report ([`~api.APIReport`] or `None`): What became of the requests of the last call, and what they cost.
@@ -100,6 +104,7 @@ class OpenAIGenerator:
         model: str,
         *,
         base_url: str | None = None,
+        api_key_variable: str = "OPENAI_API_KEY",
         max_new_tokens: int = 512,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -119,6 +124,7 @@ class OpenAIGenerator:
         self.client = APIClient(
             model,
             base_url=base_url,
+            api_key_variable=api_key_variable,
             max_concurrency=max_concurrency,
             timeout=timeout,
             max_retries=max_retries,

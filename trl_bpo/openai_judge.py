@@ -136,7 +136,10 @@ class OpenAIJudge(_APIJudge):
             Name of the judging model, as the server knows it.
         base_url (`str`, *optional*):
             Address of the server, such as `"http://localhost:8000/v1"`. By default, the environment variable
-            `OPENAI_BASE_URL` or else OpenAI's own API. The key is read from `OPENAI_API_KEY`.
+            `OPENAI_BASE_URL` or else OpenAI's own API.
+        api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
+            Environment variable that holds the key. Give a server of your own another one, or it gets to see the key for
+            the hosted API.
         rubric (`str` or [`~rubrics.Rubric`], *optional*, defaults to `"overall"`):
             What is rated: `"overall"`, one rating from 1 to 10; `"ultrafeedback"`, the mean of four aspects; `"safety"`;
             or a rubric of your own.
@@ -171,7 +174,7 @@ class OpenAIJudge(_APIJudge):
             Price table, see [`~api.costs.model_price`].
         max_cost (`float`, *optional*):
             US dollars that the verdicts of a call may cost, those included that earlier runs have paid for. Before it
-            would be passed, the call ends with [`~api.CollectionStopped`].
+            would be passed, as far as prompts can be estimated, the call ends with [`~api.CollectionStopped`].
 
     Attributes:
         report ([`~api.APIReport`] or `None`): What became of the requests of the last call, and what they cost.
@@ -195,6 +198,7 @@ class OpenAIJudge(_APIJudge):
         model: str,
         *,
         base_url: str | None = None,
+        api_key_variable: str = "OPENAI_API_KEY",
         rubric: str | Rubric = "overall",
         prompt_template: str | None = None,
         num_votes: int = 1,
@@ -225,6 +229,7 @@ class OpenAIJudge(_APIJudge):
             model,
             rubric.response_format(),
             base_url=base_url,
+            api_key_variable=api_key_variable,
             num_reasks=num_reasks,
             temperature=temperature,
             max_tokens=max_tokens,
@@ -313,7 +318,11 @@ class OpenAIJudge(_APIJudge):
         Hand responses in to the Batch API, at half the price, as far as they have no verdict and are in no job yet.
 
         Once [`~OpenAIJudge.collect_batch`] has taken the answers in, calling the judge gives the verdicts, and asks what
-        the jobs left unanswered. All of it can be repeated at any time.
+        the jobs left unanswered. All of it can be repeated at any time. Calling the judge while jobs are under way asks
+        for their requests again, at the full price.
+
+        The first of the requests is asked directly, at the full price, so that a wrong key, model or option shows at once
+        and not a day later in every line.
 
         Args:
             prompts (`list[str | list[dict]]`):
@@ -328,7 +337,7 @@ class OpenAIJudge(_APIJudge):
 
         Raises:
             `ValueError`: If there is no `cache_dir`, or the server rejects the key or the job.
-            [`~api.CollectionStopped`]: If the verdicts could cost more than `max_cost`.
+            [`~api.CollectionStopped`]: If the verdicts could cost more than `max_cost`, or the server cannot be reached.
         """
         return submit_batch(self.client, self._requests(prompts, completions, columns))
 
@@ -387,6 +396,8 @@ class OpenAIPairwiseJudge(_APIJudge):
             Name of the judging model, as the server knows it.
         base_url (`str`, *optional*):
             Address of the server.
+        api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
+            Environment variable that holds the key.
         prompt_template (`str`, *optional*):
             Text of the message that asks for the verdict, with the placeholders `{prompt}`, `{response_a}` and
             `{response_b}`. By default, `templates/judge_pairwise.md` of the package.
@@ -432,6 +443,7 @@ class OpenAIPairwiseJudge(_APIJudge):
         model: str,
         *,
         base_url: str | None = None,
+        api_key_variable: str = "OPENAI_API_KEY",
         prompt_template: str | None = None,
         num_reasks: int = 1,
         max_concurrency: int = 8,
@@ -449,6 +461,7 @@ class OpenAIPairwiseJudge(_APIJudge):
             model,
             rubric.response_format(),
             base_url=base_url,
+            api_key_variable=api_key_variable,
             num_reasks=num_reasks,
             temperature=temperature,
             max_tokens=max_tokens,

@@ -224,7 +224,10 @@ def _open_jobs(client: APIClient) -> Iterator["_Jobs"]:
     with (
         FileLock(folder / "batches.lock"),
         OpenAI(
-            api_key=api_key(), base_url=client.base_url, timeout=client.timeout, max_retries=client.max_retries
+            api_key=api_key(client.api_key_variable),
+            base_url=client.base_url,
+            timeout=client.timeout,
+            max_retries=client.max_retries,
         ) as openai_client,
     ):
         client.store.refresh()
@@ -346,7 +349,7 @@ class _Jobs:
             said = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
             logger.warning(f"{reasons.total()} requests of the job `{job_id}` of the Batch API have no answer: {said}")
         if job.status != "completed":
-            said = "; ".join(_without_key(item.message or "") for item in (job.errors and job.errors.data) or [])
+            said = "; ".join(self._without_key(item.message or "") for item in (job.errors and job.errors.data) or [])
             logger.warning(
                 f"The job `{job_id}` of the Batch API has ended as `{job.status}`; what it left unanswered can be handed "
                 f"in again. {said}".rstrip()
@@ -371,7 +374,7 @@ class _Jobs:
                         self.client.store.put(key, {**answer, "format": form, "batch": True})
                         collected += 1
                         continue
-                reasons[_without_key(json.dumps(entry.get("error") or result.get("body")))] += 1
+                reasons[self._without_key(json.dumps(entry.get("error") or result.get("body")))] += 1
         return collected
 
     def _note_created(self, job_id: str, file: Path) -> None:
@@ -392,7 +395,7 @@ class _Jobs:
             return function(*args)
         except (openai.APIError, json.JSONDecodeError) as error:
             # The client's error is let go of here: its text and its request can hold the key.
-            outcome = Outcome.of(error, format_was_sent=False)
+            outcome = Outcome.of(error, False, self.client.api_key_variable)
             is_not_found = isinstance(error, openai.NotFoundError)
         if is_not_found:
             raise ValueError(not_found or "The server has no Batch API at this address. Check `base_url`.")
@@ -402,6 +405,5 @@ class _Jobs:
             )
         raise outcome.error or ValueError(f"The Batch API does not take the job (`{outcome.reason}`).")
 
-
-def _without_key(text: str) -> str:
-    return text.replace(api_key(), "***")[:300]
+    def _without_key(self, text: str) -> str:
+        return text.replace(api_key(self.client.api_key_variable), "***")[:300]

@@ -47,7 +47,7 @@ class APIClient:
     """
     Ask a model behind an OpenAI-compatible API.
 
-    The key is read from the environment variable `OPENAI_API_KEY` and from nowhere else. Under `accelerate launch` each
+    The key is read from an environment variable and from nowhere else. Under `accelerate launch` each
     process is meant to ask for its own share: it gets its part of `max_concurrency` and of `max_cost`.
 
     What happens at errors:
@@ -68,6 +68,9 @@ class APIClient:
         base_url (`str`, *optional*):
             Address of the server, such as `"http://localhost:8000/v1"`. By default, the environment variable
             `OPENAI_BASE_URL` or else OpenAI's own API.
+        api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
+            Environment variable that holds the key. Give a server of your own another one, or it gets to see the key for
+            the hosted API.
         max_concurrency (`int`, *optional*, defaults to `8`):
             Number of requests under way at the same time, over all processes.
         timeout (`float`, *optional*, defaults to `120.0`):
@@ -88,7 +91,7 @@ class APIClient:
 
     Raises:
         `ImportError`: If the `openai` package is missing.
-        `ValueError`: If an option is out of its range, `OPENAI_API_KEY` is not set or no key, the address is none, or
+        `ValueError`: If an option is out of its range, the variable of the key is not set or holds no key, the address is none, or
             `max_cost` is given for a model whose price is not known.
     """
 
@@ -97,6 +100,7 @@ class APIClient:
         model: str,
         *,
         base_url: str | None = None,
+        api_key_variable: str = "OPENAI_API_KEY",
         max_concurrency: int = 8,
         timeout: float = 120.0,
         max_retries: int = 5,
@@ -112,7 +116,7 @@ class APIClient:
                 "Asking a model over an API requires the `openai` package. Install it with "
                 "`pip install 'trl_bpo[openai]'`."
             ) from error
-        api_key()
+        api_key(api_key_variable)
         address = os.environ.get("OPENAI_BASE_URL") if base_url is None else base_url
         if address is not None and not re.match(r"https?://[^/\s]", address, re.IGNORECASE):
             raise ValueError(
@@ -135,6 +139,7 @@ class APIClient:
             )
         self.model = model
         self.base_url = base_url
+        self.api_key_variable = api_key_variable
         self.max_concurrency = max_concurrency
         self.timeout = timeout
         self.max_retries = max_retries

@@ -50,7 +50,7 @@ class Outcome:
     error: ValueError | None = None
 
     @classmethod
-    def of(cls, error: Exception, format_was_sent: bool) -> "Outcome":
+    def of(cls, error: Exception, format_was_sent: bool, key_variable: str) -> "Outcome":
         """
         Read an error of the client.
 
@@ -59,6 +59,8 @@ class Outcome:
                 What a request has raised. What is no error of the client is raised again.
             format_was_sent (`bool`):
                 Whether the request had a `response_format`, which the error may be about.
+            key_variable (`str`):
+                Environment variable of the key, for the remedy.
 
         Returns:
             [`Outcome`]: What it means.
@@ -82,7 +84,7 @@ class Outcome:
             return cls("max_tokens", reason)
         if "insufficient_quota" in (error.code, error.type):
             # Waiting does not refill an account.
-            return cls("stop", reason, error=_as_value_error(error))
+            return cls("stop", reason, error=_as_value_error(error, key_variable))
         if error.status_code == 429:
             return cls("rate_limit", reason, retry_after)
         if error.status_code in (408, 409) or error.status_code >= 500:
@@ -92,29 +94,33 @@ class Outcome:
         if error.status_code == 413:
             return cls("skip", reason)
         kind = "stop" if error.status_code in (401, 403, 404) else "reject"
-        return cls(kind, reason, error=_as_value_error(error))
+        return cls(kind, reason, error=_as_value_error(error, key_variable))
 
 
-def api_key() -> str:
+def api_key(variable: str) -> str:
     """
     Read the key for the API from the environment.
 
+    Args:
+        variable (`str`):
+            Name of the environment variable.
+
     Returns:
-        `str`: The value of `OPENAI_API_KEY`, without white space around it.
+        `str`: Its value, without white space around it.
 
     Raises:
         `ValueError`: If it is not set, or cannot be a key.
     """
     # Keys that are pasted or read from a file often end with a line break.
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    key = os.environ.get(variable, "").strip()
     if not key:
         raise ValueError(
-            "The environment variable `OPENAI_API_KEY` is not set. Set it to your key; for a local server that checks no "
+            f"The environment variable `{variable}` is not set. Set it to your key; for a local server that checks no "
             "keys, any value will do."
         )
     if not (key.isascii() and key.isprintable()):
         raise ValueError(
-            "The environment variable `OPENAI_API_KEY` holds characters that no key has: only printable ASCII characters "
+            f"The environment variable `{variable}` holds characters that no key has: only printable ASCII characters "
             "can be sent. Copy the key again."
         )
     return key
@@ -138,19 +144,19 @@ def _retry_after(headers: Any) -> float | None:
     return None
 
 
-def _as_value_error(error: "openai.APIStatusError") -> ValueError:
+def _as_value_error(error: "openai.APIStatusError", key_variable: str) -> ValueError:
     remedies = {
-        "AuthenticationError": "The server rejects the key. Check the environment variable `OPENAI_API_KEY`.",
-        "PermissionDeniedError": "The key in `OPENAI_API_KEY` has no permission to use the `model`.",
+        "AuthenticationError": f"The server rejects the key. Check the environment variable `{key_variable}`.",
+        "PermissionDeniedError": f"The key in `{key_variable}` has no permission to use the `model`.",
         "NotFoundError": "The server does not know the model, or the address is wrong. Check `model` and `base_url`, which "
         "ends in `/v1` with most servers.",
-        "RateLimitError": "The account of the key in `OPENAI_API_KEY` has no quota left.",
+        "RateLimitError": f"The account of the key in `{key_variable}` has no quota left.",
     }
     default = (
         "The server rejects the request. If it does not accept an option, set `temperature=None` or `max_tokens=None`."
     )
     name = type(error).__name__
     # Servers repeat a key that they reject, so their words are left out there, and the key is blacked out elsewhere.
-    said = str(error).replace(api_key(), "***")[:300]
+    said = str(error).replace(api_key(key_variable), "***")[:300]
     detail = "" if name in ("AuthenticationError", "PermissionDeniedError") else f" The server says: {said}"
     return ValueError(remedies.get(name, default) + detail)

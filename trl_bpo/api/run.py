@@ -122,7 +122,7 @@ class Run:
                 clients = [
                     await stack.enter_async_context(
                         AsyncOpenAI(
-                            api_key=api_key(),
+                            api_key=api_key(self.client.api_key_variable),
                             base_url=self.client.base_url,
                             max_retries=0,
                             http_client=DefaultAsyncHttpxClient(limits=limits, timeout=self.client.timeout),
@@ -221,7 +221,11 @@ class Run:
                 outcome = Outcome("stop" if self.sent == 0 else "retry", "no completion", error=_NOT_A_COMPLETION)
             except Exception as error:
                 # The client's error is let go of here: its text and its request can hold the key.
-                outcome = Outcome.of(error, format_was_sent=self.client.formats[format_index] is not None)
+                outcome = Outcome.of(
+                    error,
+                    format_was_sent=self.client.formats[format_index] is not None,
+                    key_variable=self.client.api_key_variable,
+                )
             else:
                 self._failed_in_a_row = 0
                 self._rate_limited_since, self._cool_down = None, 0.5
