@@ -27,7 +27,7 @@ from typing import Any
 class Reply:
     """An HTTP answer as it is; a dict as the body is sent as JSON."""
 
-    body: dict | str
+    body: dict | str | bytes
     status: int = 200
     content_type: str = "application/json"
     # Retries come at once, so that tests of them are fast.
@@ -105,7 +105,8 @@ class OpenAIServer:
 
             def do_POST(self):
                 reply = respond(self)
-                body = (reply.body if isinstance(reply.body, str) else json.dumps(reply.body)).encode()
+                body = json.dumps(reply.body) if isinstance(reply.body, dict) else reply.body
+                body = body.encode() if isinstance(body, str) else body
                 self.send_response(reply.status)
                 self.send_header("Content-Type", reply.content_type)
                 self.send_header("Content-Length", str(len(body)))

@@ -22,7 +22,7 @@ import time
 
 import pytest
 
-from trl_bpo.answer_store import AnswerStore, content_key
+from trl_bpo.answer_store import AnswerStore, content_key, prepare_folder
 
 
 def key(number):
@@ -73,7 +73,6 @@ def test_key_depends_on_the_content_alone():
 def test_in_memory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     store = AnswerStore(None)
-    store.prepare()
     store.put_many([(key(0), answer(0)), (key(1), answer(1)), (key(0), answer(2))])
     assert [store.get(key(number)) for number in range(3)] == [answer(0), answer(1), None]
     assert len(store) == 2 and key(1) in store and key(2) not in store
@@ -202,7 +201,7 @@ def test_empty_file_of_a_process_that_was_killed_at_once(tmp_path):
 def test_folder_that_cannot_be_made(tmp_path, below):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="`cache_dir` cannot be made"):
-        AnswerStore(tmp_path / "file" / below).prepare()
+        prepare_folder(tmp_path / "file" / below)
 
 
 def fill_up(folder):

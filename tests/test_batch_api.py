@@ -24,9 +24,10 @@ from pathlib import Path
 
 import pytest
 from batch_server import CUT, DROP, HANG, BatchServer
+from datasets import Dataset
 from openai_server import Reply, error
 
-from trl_bpo import OpenAIJudge
+from trl_bpo import BPODataCollector, OpenAIJudge
 from trl_bpo.api import CollectionStopped, batch
 from trl_bpo.openai_generator import OpenAIGenerator
 
@@ -612,3 +613,22 @@ def test_generator_checks_what_it_hands_in(server, tmp_path):
     with pytest.raises(ValueError, match="`temperature=0`"):
         generator.submit_batch(["One"], 2)
     assert not server.calls
+
+
+def test_the_collector_hands_in_again_what_an_expired_job_left(server, judge):
+    dataset = Dataset.from_dict({"prompt": [PROMPT], "responses": [[*RESPONSES, " "]]})
+    status = BPODataCollector(judge=judge()).score_batch(dataset)
+    assert (status.jobs, status.pending, status.collected) == (1, 6, 0)
+    finish_all(server, status="expired", answered=lambda position: position < 2)
+    status = BPODataCollector(judge=judge()).score_batch(dataset)
+    # One more was asked directly with the second hand-in.
+    assert (status.jobs, status.pending, status.collected) == (1, 3, 2)
+    finish_all(server)
+    status = BPODataCollector(judge=judge()).score_batch(dataset)
+    assert status.is_ready and status.collected == 3
+    asked = len(server.direct)
+    scored = BPODataCollector(judge=judge()).score(dataset)
+    assert scored["scores"] == [[*(float(len(response)) for response in RESPONSES), None]]
+    assert len(server.direct) == asked == 2
+    with pytest.raises(ValueError, match="must be an `OpenAIJudge`"):
+        BPODataCollector(judge=len).score_batch(dataset)

@@ -174,6 +174,25 @@ def test_name_of_a_callable_object():
     assert BPODataCollector(judge=Grader()).score(dataset)["judge"] == ["Grader"]
 
 
+def test_empty_responses_are_not_judged():
+    judged = []
+
+    def judge(prompts, completions, **columns):
+        judged.extend(zip(prompts, completions, columns["source"], strict=True))
+        return [float(len(completion)) for completion in completions]
+
+    dataset = Dataset.from_dict(
+        {"prompt": ["a", "b"], "responses": [["", "x", " \n", "xyz"], ["", ""]], "source": ["s", "t"]}
+    )
+    collector = BPODataCollector(judge=judge)
+    scored = collector.score(dataset)
+    assert judged == [("a", "x", "s"), ("a", "xyz", "s")]
+    assert scored["scores"] == [[None, 1.0, None, 3.0], [None, None]]
+    assert scored["verdicts"][1] == ["empty response"] * 2
+    collector.pair(scored)
+    assert collector.report.unscored == 0 and collector.report.pairs.empty == 4
+
+
 def fail(*args, **kwargs):
     raise AssertionError("Work began before the check.")
 
@@ -264,6 +283,12 @@ SCRIPT = """
         return [1.0] * len(prompts)
 
     scored = Dataset.from_dict({"prompt": prompts, "responses": [["x", "y"]] * 3})
+    # Copies of a prompt stay together, and the rows in their order.
+    def tell_rank(prompts, completions, **columns):
+        return [state.process_index + 1.0] * len(prompts)
+
+    copies = Dataset.from_dict({"prompt": ["c", "a", "b", "a", "c"], "responses": [["x", "y"]] * 5})
+    result["ranks"] = [row[0] for row in BPODataCollector(judge=tell_rank).score(copies)["scores"]]
     try:
         BPODataCollector(judge=fail_on_one).score(scored)
     except (ValueError, RuntimeError) as error:
@@ -300,6 +325,7 @@ def test_two_processes(tmp_path):
     assert (first["judged"], second["judged"]) == (8, 4)
     assert first["pairs"] == second["pairs"] and first["tokens"] == second["tokens"]
     assert [row["prompt"] for row in first["pairs"]] == [prompt for prompt in prompts for _ in range(2)]
+    assert first["ranks"] == second["ranks"] == [1.0, 1.0, 2.0, 1.0, 1.0]
     # What stops one stops the other.
     assert first["error"] == "Process 1 has stopped: Not with me." and second["error"] == "Not with me."
     assert len(server.requests) == 6

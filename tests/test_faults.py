@@ -262,7 +262,8 @@ def test_permanent_errors_in_the_middle_lose_nothing(fault, tmp_path):
     with FaultServer(lambda request, attempt: behave(request, attempt) if len(server.log) < 100 else fault) as server:
         with pytest.raises(ValueError, match="OPENAI_API_KEY|`model`"):
             judge_rows(server, 500, cache_dir=str(tmp_path), max_concurrency=8)
-        assert len(server.log) <= 108 and len(AnswerStore(tmp_path)) == sum(server.answered.values()) >= 100
+        # Those under way together, and as many again where it could be a matter of single requests.
+        assert len(server.log) <= 116 and len(AnswerStore(tmp_path)) == sum(server.answered.values()) >= 100
         server.plan = behave
         judge, verdicts = judge_rows(server, 500, cache_dir=str(tmp_path))
         assert all(verdict.score is not None for verdict in verdicts)

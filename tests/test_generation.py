@@ -426,11 +426,12 @@ def test_continuous_batching_refuses_prompt_tuning(model, tokenizer):
 
 
 def test_continuous_batching_ends_when_storing_fails(model, tokenizer, tmp_path):
-    file = tmp_path / "file"
-    file.touch()
+    folder = tmp_path / "folder"
     generator = TransformersGenerator(
-        model, tokenizer, max_new_tokens=50, batch_size=1, cache_dir=str(file), continuous_batching=True
+        model, tokenizer, max_new_tokens=50, batch_size=1, cache_dir=str(folder), continuous_batching=True
     )
+    folder.rmdir()
+    folder.touch()
     threads = threading.active_count()
     with pytest.raises(OSError):
         generator(PROMPTS, num_responses=50)

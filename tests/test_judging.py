@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -433,6 +434,116 @@ def test_wrong_key_is_not_sent_200_times(monkeypatch, caplog):
             judge(prompts=["a"] * 200, completions=numbered(200))
     assert 1 <= server.rejected <= 4
     assert "sk-wrong" not in str(raised.value) and "sk-wrong" not in caplog.text
+
+
+def replied(**changes):
+    """A completion whose choice or body is changed."""
+    body = completion('{"rating": 6}').body
+    return Reply({**body, **changes})
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        Reply({"choices": [None]}),
+        Reply({"error": {"message": "The provider is overloaded.", "code": 502}}),
+        replied(choices=[{"message": {"content": 7}, "finish_reason": "stop"}]),
+        Reply(b'{"choices": [{"message": {"content": "\xc3'),
+    ],
+    ids=["null choice", "error with 200", "number", "cut within a character"],
+)
+def test_one_odd_answer_loses_no_other(tmp_path, odd):
+    asked = Counter()
+
+    def answer(request):
+        text = judged_texts(request)[1]
+        asked[text] += 1
+        return odd if text == "odd" and asked[text] <= 2 else '{"rating": 6}'
+
+    # The odd one is asked for until the retry brings an answer, also if it is the first of all.
+    with OpenAIServer(answer) as server:
+        judge = OpenAIJudge("grader", base_url=server.base_url, max_retries=2, cache_dir=str(tmp_path))
+        verdicts = judge(prompts=["a"] * 16, completions=["odd", *(f"r{row}" for row in range(15))])
+    assert [verdict.score for verdict in verdicts] == [6.0] * 16
+    assert asked.pop("odd") == 3 and set(asked.values()) == {1}
+
+
+def test_odd_values_are_kept_in_a_form_that_datasets_take(tmp_path):
+    parts = [{"type": "text", "text": '{"reason": "\ud83d", '}, {"type": "text", "text": '"rating": 6}'}]
+    reply = replied(choices=[{"message": {"content": parts}, "finish_reason": "stop"}], usage={"prompt_tokens": "10"})
+    with OpenAIServer(lambda request: reply) as server:
+        judge = OpenAIJudge("gpt-4.1-mini", base_url=server.base_url, cache_dir=str(tmp_path))
+        (verdict,) = judge(prompts=["a"], completions=["b"])
+        assert verdict == Verdict(6.0, '{"reason": "?", "rating": 6}') and judge.report.prompt_tokens > 10
+        again = OpenAIJudge("gpt-4.1-mini", base_url=server.base_url, cache_dir=str(tmp_path))
+        assert again(prompts=["a"], completions=["b"]) == [verdict] and again.report.sent == 0
+    Dataset.from_dict({"verdict": [verdict.raw]})
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_one_prompt_that_a_service_forbids_is_not_the_end(status):
+    def answer(request):
+        return error(status, "Flagged.") if judged_texts(request)[1] == "r5" else '{"rating": 6}'
+
+    verdicts, _ = judge_with(answer, [f"r{row}" for row in range(20)], max_concurrency=1)
+    assert [row for row, verdict in enumerate(verdicts) if verdict.score is None] == [5]
+
+
+def test_an_account_that_runs_empty_stops_also_a_run_that_goes_on(tmp_path):
+    empty = False
+    responses = [f"r{row}" for row in range(40)]
+    with OpenAIServer(lambda request: error(402, "Payment required.") if empty else '{"rating": 6}') as server:
+        options = {"base_url": server.base_url, "cache_dir": str(tmp_path), "max_concurrency": 2}
+        OpenAIJudge("grader", **options)(prompts=["a"] * 4, completions=responses[:4])
+        empty = True
+        with pytest.raises(ValueError, match="Payment required"):
+            OpenAIJudge("grader", **options)(prompts=["a"] * 40, completions=responses)
+    assert len(server.requests) <= 8
+
+
+def test_a_context_that_is_too_small_is_no_token_limit_by_another_name():
+    said = "'max_tokens' or 'max_completion_tokens' is too large: the maximum context length is 2048 tokens."
+
+    def answer(request):
+        return error(400, said) if judged_texts(request)[1] == "r1" else '{"rating": 6}'
+
+    verdicts, server = judge_with(answer, ["r0", "r1", "r2"], max_concurrency=1)
+    assert [verdict.score for verdict in verdicts] == [6.0, None, 6.0]
+    assert all("max_tokens" in request for request in server.requests)
+
+
+def test_a_server_error_about_the_format_does_not_end_it_once_it_was_accepted():
+    calls = 0
+
+    def answer(request):
+        nonlocal calls
+        calls += 1
+        return error(500, "json_schema: the compiler crashed.") if calls == 3 else '{"rating": 6}'
+
+    verdicts, server = judge_with(answer, [f"r{row}" for row in range(6)], max_concurrency=1)
+    assert [verdict.score for verdict in verdicts] == [6.0] * 6
+    assert {request["response_format"]["type"] for request in server.requests} == {"json_schema"}
+
+
+@pytest.mark.parametrize("name", ["n", "messages", "response_format"])
+def test_extra_body_cannot_change_what_is_asked(name):
+    with pytest.raises(ValueError, match=f"`extra_body` must not have `{name}`"):
+        OpenAIJudge("grader", extra_body={name: 4})
+
+
+def test_max_cost_counts_a_token_limit_in_extra_body():
+    limited = {"max_tokens": None, "extra_body": {"max_completion_tokens": 16_000}}
+    with OpenAIServer(rate_by_length) as server:
+        judge = OpenAIJudge("gpt-4.1", base_url=server.base_url, max_cost=0.1, **limited)
+        with pytest.raises(CollectionStopped, match="may cost \\$0.1"):
+            judge(prompts=["a"], completions=["b"])
+    assert not server.requests
+
+
+def test_a_column_may_be_called_self():
+    with OpenAIServer(rate_by_length) as server:
+        judge = OpenAIJudge("grader", base_url=server.base_url)
+        assert judge_responses(judge, ["a"], [["four"]], {"self": [1]})[0][0].score == 4
 
 
 def test_a_server_of_ones_own_does_not_see_the_key_of_another(monkeypatch):

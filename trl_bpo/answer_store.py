@@ -59,6 +59,27 @@ def content_key(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LENGTH]
 
 
+def prepare_folder(cache_dir: str | os.PathLike | None) -> None:
+    """
+    Make the folder of a store, so that it shows whether it can be written to before an answer is paid for.
+
+    Args:
+        cache_dir (`str` or `os.PathLike`, *optional*):
+            The folder; `None` for a store in memory.
+
+    Raises:
+        `ValueError`: If it cannot be made or written to.
+    """
+    if cache_dir is None:
+        return
+    try:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"`cache_dir` cannot be made: {error}.") from error
+    if not os.access(cache_dir, os.W_OK | os.X_OK):
+        raise ValueError(f"`cache_dir` cannot be written to: `{cache_dir}`.")
+
+
 class AnswerStore:
     """
     Answers by the content of their requests, in a folder.
@@ -173,22 +194,6 @@ class AnswerStore:
             self._writer.close()
             self._writer = None
             raise
-
-    def prepare(self) -> None:
-        """
-        Make the folder, so that it shows whether it can be written to before an answer is paid for.
-
-        Raises:
-            `ValueError`: If it cannot.
-        """
-        if self.cache_dir is None:
-            return
-        try:
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"`cache_dir` cannot be made: {error}.") from error
-        if not os.access(self.cache_dir, os.W_OK | os.X_OK):
-            raise ValueError(f"`cache_dir` cannot be written to: `{self.cache_dir}`.")
 
     def refresh(self) -> None:
         """Take in what other processes and runs have written to the folder since the store was opened."""

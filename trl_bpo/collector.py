@@ -29,7 +29,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -43,6 +43,7 @@ from .openai_generator import OpenAIGenerator
 from .openai_judge import OpenAIJudge, OpenAIPairwiseJudge
 from .pairing import PairReport, build_pairs, pair_indices
 from .processes import on_main_process
+from .prompts import prompt_id
 
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class CollectionReport:
         truncated (`int`, *optional*, defaults to `0`):
             Number of responses that were cut off at the token limit.
         unscored (`int`, *optional*, defaults to `0`):
-            Number of responses to which the judge gave no score.
+            Number of responses, empty ones apart, to which the judge gave no score.
         pairs ([`PairReport`], *optional*):
             What became of the responses and of the candidate pairs.
         generation ([`~api.APIReport`], *optional*):
@@ -107,7 +108,7 @@ class BPODataCollector:
     starts over. A dataset that has been through a stage can be given to [`~BPODataCollector.collect`] to go on from there.
 
     Under `accelerate launch` the processes share the prompts, to generate for as well as to judge, and all end with the
-    same dataset; what stops one of them stops all. On CPUs, create an `Accelerator` or the training arguments before
+    same dataset. If one of them stops, all raise its error once they have done their shares. On CPUs, create an `Accelerator` or the training arguments before
     anything else: nothing but these reads from the launcher that there are several processes. A process that has done its
     share waits for the others: if their shares can differ by more than the timeout of the process group, raise it
     (`InitProcessGroupKwargs`).
@@ -223,7 +224,7 @@ class BPODataCollector:
 
         Returns:
             [`~datasets.Dataset`]: The dataset with the columns `scores` (`list[float | None]`), `verdicts` (what the
-            judge said, `list[str | None]`) and `judge` (its name).
+            judge said, `list[str | None]`) and `judge` (its name). Responses without a visible character are not judged.
 
         Raises:
             `ValueError`: If there is no judge, the dataset is empty, lacks a column or has such columns already, or the
@@ -235,12 +236,22 @@ class BPODataCollector:
         judge = self.judge
 
         def judge_share(share: Dataset) -> list[list[Verdict]]:
-            return judge_responses(judge, *_judge_inputs(share))
+            prompts, responses, columns = _judge_inputs(share)
+            verdicts = judge_responses(judge, prompts, responses, columns)
+            # There is nothing to judge, and nothing is paid for it.
+            return [
+                [next(said) if (text or "").strip() else Verdict(None, "empty response") for text in texts]
+                for said, texts in zip(map(iter, verdicts), share["responses"], strict=True)
+            ]
 
         with self._timed("score"):
             rows, self.report.judging = _share(dataset, judge_share, judge)
         scores = [[verdict.score for verdict in row] for row in rows]
-        self.report.unscored = sum(score is None for row in scores for score in row)
+        self.report.unscored = sum(
+            score is None and bool((text or "").strip())
+            for row, texts in zip(scores, dataset["responses"], strict=True)
+            for score, text in zip(row, texts, strict=True)
+        )
         raw = [[verdict.raw for verdict in row] for row in rows]
         # Functions have a name, as have our judges; of other callables it is that of their class.
         name = getattr(self.judge, "__name__", type(self.judge).__name__)
@@ -272,8 +283,10 @@ class BPODataCollector:
             raise ValueError("`judge` must be an `OpenAIJudge` to judge through the Batch API.")
 
         def hand_in() -> BatchStatus:
-            judge.submit_batch(**one_response_a_row(*_judge_inputs(dataset)))
-            return judge.collect_batch()
+            # First what has ended: a job that failed is handed in again.
+            collected = judge.collect_batch().collected
+            status = judge.submit_batch(**one_response_a_row(*_judge_inputs(dataset)))
+            return replace(status, collected=collected)
 
         return on_main_process(PartialState(), hand_in)
 
@@ -339,9 +352,27 @@ class BPODataCollector:
         self.report.seconds[stage] = time.perf_counter() - start
 
 
+def _own_rows(dataset: Dataset, state: PartialState) -> list[int]:
+    """Rows of this process. Those of one prompt stay together, so that it is asked for once, whatever their number."""
+    if state.num_processes == 1:
+        return list(range(len(dataset)))
+    tools = dataset["tools"] if "tools" in dataset.column_names else [None] * len(dataset)
+    groups: dict[str, list[int]] = {}
+    for row, (prompt, prompt_tools) in enumerate(zip(dataset["prompt"], tools, strict=True)):
+        groups.setdefault(prompt_id(prompt, prompt_tools), []).append(row)
+    own: list[int] = []
+    start = 0
+    for rows in groups.values():
+        if start * state.num_processes // len(dataset) == state.process_index:
+            own.extend(rows)
+        start += len(rows)
+    return own
+
+
 def _judge_inputs(dataset: Dataset) -> tuple[list, list, dict[str, list]]:
     columns = {name: list(dataset[name]) for name in dataset.column_names if name not in _NOT_FOR_THE_JUDGE}
-    return list(dataset["prompt"]), list(dataset["responses"]), columns
+    responses = [[text for text in texts if (text or "").strip()] for texts in dataset["responses"]]
+    return list(dataset["prompt"]), responses, columns
 
 
 def _share(
@@ -351,26 +382,28 @@ def _share(
     state = PartialState()
     results: list = []
     error: Exception | None = None
-    with state.split_between_processes(list(range(len(dataset)))) as indices:
-        try:
-            if indices:
-                results = work(dataset.select(indices))
-        except Exception as raised:
-            error = raised
+    indices = _own_rows(dataset, state)
+    try:
+        if indices:
+            results = work(dataset.select(indices))
+    except Exception as raised:
+        error = raised
     report = None
     if indices and isinstance(asker, (OpenAIGenerator, OpenAIJudge, OpenAIPairwiseJudge)):
         report = asker.report
     if state.num_processes > 1:
         # A process that stopped alone would leave the others waiting for it.
-        told = None if error is None else (isinstance(error, CollectionStopped), state.process_index, str(error))
-        stops = [stop for stop in gather_object([told]) if stop is not None]
+        kind = next((kind for kind in (CollectionStopped, ValueError) if isinstance(error, kind)), RuntimeError)
+        stops = gather_object([None if error is None else (kind, state.process_index, str(error))])
+        stops = [stop for stop in stops if stop is not None]
         if stops and error is None:
-            is_resumable, process, message = stops[0]
-            error = (CollectionStopped if is_resumable else RuntimeError)(f"Process {process} has stopped: {message}")
+            kind, process, message = stops[0]
+            error = kind(f"Process {process} has stopped: {message}")
     if error is not None:
         raise error
     if state.num_processes > 1:
-        results = gather_object(results)
+        gathered = dict(gather_object(list(zip(indices, results, strict=True))))
+        results = [gathered[row] for row in range(len(dataset))]
         reports = [one for one in gather_object([report]) if one is not None]
         report = total_report(reports) if reports else None
     return results, report

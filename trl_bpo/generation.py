@@ -35,7 +35,7 @@ from transformers import (
 from transformers.utils.logging import tqdm
 from trl.trainer.utils import pad
 
-from .answer_store import AnswerStore
+from .answer_store import AnswerStore, prepare_folder
 from .continuous_batching import check_continuous_batching, generate_continuously
 from .generation_requests import check_request, count_stored, encode_prompt, request_keys
 from .model_fingerprint import model_fingerprint
@@ -203,6 +203,7 @@ class TransformersGenerator:
         self.top_p = top_p
         self.batch_size = batch_size
         self.seed = seed
+        prepare_folder(cache_dir)
         self.cache_dir = cache_dir
         self.continuous_batching = continuous_batching
 

@@ -117,6 +117,8 @@ def judge_responses(
         `ValueError`: If the judge does not give one number, `None` or [`Verdict`] a response.
     """
     rows = [row for row, texts in enumerate(responses) for _ in texts]
+    if not rows:
+        return [[] for _ in prompts]
     entries = judge(**one_response_a_row(prompts, responses, columns))
     if len(entries) != len(rows):
         raise ValueError(f"The judge must give one entry a response, but gave {len(entries)} for {len(rows)}.")

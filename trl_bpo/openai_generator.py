@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .answer_store import content_key
-from .api import APIClient, APIReport, APIRequest, CostEstimate
+from .api import APIClient, APIReport, APIRequest, CostEstimate, check_extra_body
 from .api.batch import BatchStatus, collect_batch, submit_batch
 from .api.costs import estimate_tokens
 from .generation import Response
@@ -35,12 +35,14 @@ class OpenAIGenerator:
     Sample responses with a model behind an OpenAI-compatible API: vLLM, SGLang, `transformers serve` or a hosted one.
 
     Each response is a request of its own, with a seed of its own where the server takes one, so that any of them can be
-    asked for alone. vLLM and SGLang take what a request leaves open, such as top-k, from the model's generation config
-    unless they are started otherwise (`--generation-config vllm`, `--sampling-defaults openai`). The server batches what is under way at the same time: raise `max_concurrency` until it is busy.
+    asked for alone. The server batches what is under way at the same time: raise `max_concurrency` until it is busy. vLLM
+    and SGLang take what a request leaves open, such as top-k, from the model's generation config unless they are started
+    otherwise (`--generation-config vllm`, `--sampling-defaults openai`).
 
     Every response is in `cache_dir` before it counts, under the content of its request: model, prompt, tools, parameters,
-    seed and number of the sample. A run that was killed goes on where it ended. The address of the server and the weights
-    behind the name of the model are not part of it: for another policy under the same name, take another `cache_dir`.
+    seed and number of the sample. A run that was killed goes on where it ended. A prompt that is there twice has the same
+    responses twice. The address of the server and the weights behind the name of the model are not part of it: for another
+    policy under the same name, take another `cache_dir`.
 
     A prompt that the server rejects or fails at gives empty responses, which make no pairs; they are counted in `report`
     and listed in `failed-responses-*.jsonl` in `cache_dir`. What stops everything, and how rate limits are waited for, is
@@ -121,6 +123,7 @@ class OpenAIGenerator:
             raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(f"`temperature` must be >= 0 and `top_p` in (0, 1], got {temperature} and {top_p}.")
+        check_extra_body(extra_body)
         self.client = APIClient(
             model,
             base_url=base_url,

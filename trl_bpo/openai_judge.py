@@ -24,7 +24,7 @@ from itertools import combinations
 from typing import Any
 
 from .answer_store import content_key
-from .api import APIClient, APIReport, APIRequest, CostEstimate
+from .api import APIClient, APIReport, APIRequest, CostEstimate, check_extra_body
 from .api.batch import BatchStatus, collect_batch, submit_batch
 from .api.costs import estimate_tokens
 from .judging import Verdict
@@ -55,6 +55,7 @@ class _APIJudge:
             raise ValueError(f"`num_reasks` must be at least 0, got {num_reasks}.")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"`max_tokens` must be at least 1 or `None`, got {max_tokens}.")
+        check_extra_body(extra_body)
         # Some servers know JSON but no schema, such as llama-cpp-python.
         self.client = APIClient(model, formats=[response_format, {"type": "json_object"}], **client_options)
         # TRL names a reward function by its `__name__`; it is the name that ends up beside the scores.
@@ -220,6 +221,8 @@ class OpenAIJudge(_APIJudge):
             rubric = replace(rubric, template=prompt_template)
         if num_votes < 1:
             raise ValueError(f"`num_votes` must be at least 1, got {num_votes}.")
+        if num_votes > 1 and "seed" in (extra_body or {}):
+            raise ValueError("`extra_body` gives all votes the same `seed`, so they would be the same. Leave it out.")
         if num_votes > 1 and temperature == 0:
             raise ValueError(
                 f"`temperature=0` gives the same verdict {num_votes} times. Set a positive `temperature`, or "
@@ -246,7 +249,7 @@ class OpenAIJudge(_APIJudge):
         self.expected_score = expected_score
 
     def __call__(
-        self, *, prompts: list[str | list[dict]], completions: list[str | list[dict]], **columns: Any
+        self, /, *, prompts: list[str | list[dict]], completions: list[str | list[dict]], **columns: Any
     ) -> list[Verdict]:
         """
         Rate responses.
@@ -293,7 +296,7 @@ class OpenAIJudge(_APIJudge):
         return verdicts
 
     def estimate(
-        self, *, prompts: list[str | list[dict]], completions: list[str | list[dict]], **columns: Any
+        self, /, *, prompts: list[str | list[dict]], completions: list[str | list[dict]], **columns: Any
     ) -> CostEstimate:
         """
         Estimate what rating responses would take. Nothing is sent.
@@ -312,7 +315,7 @@ class OpenAIJudge(_APIJudge):
         return self.client.estimate(self._requests(prompts, completions, columns)())
 
     def submit_batch(
-        self, *, prompts: list[str | list[dict]], completions: list[str | list[dict]], **columns: Any
+        self, /, *, prompts: list[str | list[dict]], completions: list[str | list[dict]], **columns: Any
     ) -> BatchStatus:
         """
         Hand responses in to the Batch API, at half the price, as far as they have no verdict and are in no job yet.
@@ -528,7 +531,7 @@ class OpenAIPairwiseJudge(_APIJudge):
         return shares
 
     def __call__(
-        self, *, prompts: list[str | list[dict]], completions: list[str | list[dict]], **columns: Any
+        self, /, *, prompts: list[str | list[dict]], completions: list[str | list[dict]], **columns: Any
     ) -> list[Verdict]:
         """
         Score responses by how many others to the same prompt they beat.

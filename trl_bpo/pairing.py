@@ -47,9 +47,9 @@ class PairReport:
         responses (`int`):
             Number of responses.
         unscored (`int`):
-            Responses without a finite score.
+            Responses with a visible character, but without a finite score.
         empty (`int`):
-            Scored responses without a visible character.
+            Responses without a visible character.
         duplicate_responses (`int`):
             Exact copies of an earlier scored response to the same prompt.
         unused (`int`):
@@ -137,10 +137,10 @@ def _pair_row(
     usable: dict[int, float] = {}
     seen: set[str] = set()
     for position, (text, score) in enumerate(zip(responses, scores, strict=True)):
-        if score is None or not math.isfinite(score):
-            counts["unscored"] += 1
-        elif not text or not text.strip():
+        if not text or not text.strip():
             counts["empty"] += 1
+        elif score is None or not math.isfinite(score):
+            counts["unscored"] += 1
         elif text in seen:
             counts["duplicate_responses"] += 1
         else:

@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.utils import logging as transformers_logging
 from trl.trainer.utils import pad
 
-from .answer_store import AnswerStore, content_key
+from .answer_store import AnswerStore, content_key, prepare_folder
 from .model_fingerprint import model_fingerprint
 from .prompts import completion_text, parse_tools, without_none
 
@@ -92,10 +92,11 @@ class RewardModelJudge:
         self.processing_class = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
         self.batch_size = batch_size
         self.max_length = max_length
+        prepare_folder(cache_dir)
         self.cache_dir = cache_dir
 
     def __call__(
-        self, *, prompts: list[str | list[dict]], completions: list[str | list[dict]], **columns: Any
+        self, /, *, prompts: list[str | list[dict]], completions: list[str | list[dict]], **columns: Any
     ) -> list[float]:
         """
         Score responses.

@@ -50,7 +50,8 @@ Answer with one JSON object and nothing else: {form}"""
 # `[/INST]`, since many servers read these as tokens, not as text, and end the message there.
 _UNSAFE = re.compile(
     "[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-    r"|<(?=[|｜]|\w+\|>|(?:/?s|[be]os|(?:start|end)_of_turn)>)|\[(?=/?(?:INST|SYSTEM_PROMPT)\])"
+    r"|<(?=[|｜]|\w+\|>|(?:/?s|[be]os|image|(?:start|end)_of_(?:turn|image))>)"
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|IMG|IMG_BREAK|IMG_END)\])"
 )
 _FENCE = re.compile(r"```(?:json)?[ \t\r]*\n(.*?)```", re.DOTALL)
 _BARE_VERDICT = re.compile(r"(?:verdict\s*:\s*)?(A|B|tie)|\[\[(A|B|tie)\]\]", re.IGNORECASE)

@@ -27,7 +27,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from .answer_store import AnswerStore
+from .answer_store import AnswerStore, prepare_folder
 from .generation import Response, stored_responses
 from .generation_requests import check_request, count_stored, encode_prompt, request_keys
 from .model_fingerprint import folder_fingerprint
@@ -153,6 +153,7 @@ class VLLMGenerator:
         self.top_p = top_p
         self.batch_size = batch_size
         self.seed = seed
+        prepare_folder(cache_dir)
         self.cache_dir = cache_dir
         self.llm_kwargs = llm_kwargs or {}
         self.processing_class = processing_class or AutoTokenizer.from_pretrained(model, revision=revision)

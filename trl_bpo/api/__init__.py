@@ -16,7 +16,15 @@
 
 from .client import APIClient
 from .errors import CollectionStopped
-from .records import APIReport, APIRequest, CostEstimate, total_report
+from .records import APIReport, APIRequest, CostEstimate, check_extra_body, total_report
 
 
-__all__ = ["APIClient", "APIReport", "APIRequest", "CollectionStopped", "CostEstimate", "total_report"]
+__all__ = [
+    "APIClient",
+    "APIReport",
+    "APIRequest",
+    "CollectionStopped",
+    "CostEstimate",
+    "check_extra_body",
+    "total_report",
+]

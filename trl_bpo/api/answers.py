@@ -24,7 +24,7 @@ from .records import APIRequest
 
 
 class NotACompletion(Exception):
-    """The server has sent something, with status 200, that is no completion."""
+    """The server has sent something, with status 200, that is no completion: JSON of another form, or a page."""
 
 
 def read_answer(data: Any, request: APIRequest) -> dict:
@@ -44,19 +44,22 @@ def read_answer(data: Any, request: APIRequest) -> dict:
     Raises:
         [`NotACompletion`]: If it is none.
     """
-    if not isinstance(data, dict) or not isinstance(data.get("choices"), list):
+    choices = data.get("choices") if isinstance(data, dict) else None
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise NotACompletion
     # Some servers answer with no choice at all where they have nothing to say.
-    choice: dict = data["choices"][0] if data["choices"] else {"finish_reason": "no choices"}
+    choice: dict = choices[0] if choices else {"finish_reason": "no choices"}
     message = choice.get("message") or {}
-    text = choice.get("text") if "text" in choice else message.get("content")
     usage = data.get("usage") or {}
+    if not isinstance(message, dict) or not isinstance(usage, dict):
+        raise NotACompletion
+    text = _text(choice["text"] if "text" in choice else message.get("content"))
     answer: dict[str, Any] = {
         "text": text,
-        "refusal": message.get("refusal"),
-        "finish_reason": choice.get("finish_reason"),
-        "prompt_tokens": usage.get("prompt_tokens") or request.tokens,
-        "completion_tokens": usage.get("completion_tokens") or estimate_tokens(text or ""),
+        "refusal": _text(message.get("refusal")),
+        "finish_reason": _text(choice.get("finish_reason")),
+        "prompt_tokens": _count(usage.get("prompt_tokens"), request.tokens),
+        "completion_tokens": _count(usage.get("completion_tokens"), estimate_tokens(text or "")),
     }
     if tokens := (choice.get("logprobs") or {}).get("content"):
         answer["logprobs"] = compact_logprobs(tokens)
@@ -92,6 +95,20 @@ def compact_logprobs(content: list[dict]) -> list[list]:
         last_is_plain = not (has_digit or after_digit)
         after_digit = has_digit
     return kept
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, list):
+        # Content in parts.
+        value = "".join(part.get("text") or "" for part in value if isinstance(part, dict))
+    if value is not None and not isinstance(value, str):
+        raise NotACompletion
+    # Half of a surrogate pair, such as an emoji that was cut in two, can be kept in no dataset.
+    return value and value.encode("utf-8", "replace").decode()
+
+
+def _count(value: Any, estimate: int) -> int:
+    return value if isinstance(value, int) and value > 0 else estimate
 
 
 def _finite(logprob: float | None) -> float | None:

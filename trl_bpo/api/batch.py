@@ -177,7 +177,7 @@ def _check_cost(client: APIClient, requests: Iterable[APIRequest]) -> None:
     for request in _distinct(requests):
         answer = client.store.get(request.key)
         if answer is None:
-            limit = request.body.get("max_tokens") or TOKENS_WITHOUT_LIMIT
+            limit = request.token_limit or TOKENS_WITHOUT_LIMIT
             cost += client.price.of(request.tokens, limit, batch=True)
         else:
             cost += client.price.of(

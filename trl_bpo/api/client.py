@@ -32,7 +32,7 @@ from typing import Any
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..answer_store import AnswerStore
+from ..answer_store import AnswerStore, prepare_folder
 from .answers import attempt_key, why_unusable
 from .costs import model_price
 from .errors import api_key
@@ -57,8 +57,8 @@ class APIClient:
     | 429 | all wait, for as long as `Retry-After` says or else 1, 2, 4, ... 60 s; uses up no retry |
     | 408, 409, 5xx, broken connection, time-out, an answer that is no JSON | the request is retried, `max_retries` times, then counts as failed |
     | content filter, too long for the context, too large | counts as failed |
-    | 401, 403, 404, exhausted quota | stops at once, with the remedy |
-    | 400, 422 and the like | stops at once, unless the server has answered such requests before: then it counts as failed |
+    | 401, 402, exhausted quota | stops at once, with the remedy |
+    | 400, 403, 404, 422 and the like | stops at once, unless the server has answered such requests before: then it counts as failed |
     | failures in a row, as many as are under way at once | stops: the server is gone, or rejects everything |
     | answers that cannot be used, none that can, 32 of them | stops: model or template are at fault |
 
@@ -144,9 +144,12 @@ class APIClient:
         self.timeout = timeout
         self.max_retries = max_retries
         self.max_cost = max_cost
+        prepare_folder(cache_dir)
         self.store = AnswerStore(cache_dir)
         self.formats: list[dict | None] = [*(formats or []), None]
         self.format_index = 0
+        # Whether anything was answered with that format.
+        self.format_is_accepted = False
         # Why requests of the last call have no answer, by their keys.
         self.failures: dict[str, str] = {}
         self.max_tokens_name = "max_tokens"
@@ -170,7 +173,7 @@ class APIClient:
                 stored += 1
                 continue
             prompt_tokens += request.tokens
-            limit = request.body.get("max_tokens")
+            limit = request.token_limit
             completion_tokens = None if limit is None or completion_tokens is None else completion_tokens + limit
         cost = None
         if self.price is not None and completion_tokens is not None:
@@ -213,7 +216,6 @@ class APIClient:
             [`CollectionStopped`]: If the call ended early and can be repeated.
         """
         start = time.perf_counter()
-        self.store.prepare()
         self.store.refresh()
         estimate = self.estimate(requests())
         if PartialState().is_main_process:
@@ -298,6 +300,7 @@ class APIClient:
     def list_failures(self, name: str, failures: list[dict]) -> None:
         """
         Write down what came to nothing: `failed-{name}-{rank}.jsonl` in `cache_dir`, instead of what an earlier call wrote.
+        Rows are those of the process's own share.
 
         Args:
             name (`str`):
@@ -307,7 +310,13 @@ class APIClient:
         """
         if self.store.cache_dir is None:
             return
-        path = self.store.cache_dir / f"failed-{name}-{PartialState().process_index:05d}.jsonl"
+        state = PartialState()
+        path = self.store.cache_dir / f"failed-{name}-{state.process_index:05d}.jsonl"
+        if state.is_main_process:
+            # Of an earlier run with more processes.
+            for other in self.store.cache_dir.glob(f"failed-{name}-[0-9]*.jsonl"):
+                if int(other.stem.rsplit("-", 1)[1]) >= state.num_processes:
+                    other.unlink(missing_ok=True)
         if not failures:
             path.unlink(missing_ok=True)
             return
@@ -350,6 +359,7 @@ class APIClient:
             return False
         if index == self.format_index:
             self.format_index += 1
+            self.format_is_accepted = False
             following = self.formats[self.format_index]
             name = "plain text" if following is None else f"`response_format` of type `{following['type']}`"
             logger.warning(f"The server refuses structured output as it was asked for. Going on with {name} instead.")

@@ -15,7 +15,6 @@
 """What the errors of an API mean."""
 
 import email.utils
-import json
 import math
 import os
 import re
@@ -50,15 +49,16 @@ class Outcome:
     error: ValueError | None = None
 
     @classmethod
-    def of(cls, error: Exception, format_was_sent: bool, key_variable: str) -> "Outcome":
+    def of(cls, error: Exception, format_is_new: bool, key_variable: str) -> "Outcome":
         """
         Read an error of the client.
 
         Args:
             error (`Exception`):
                 What a request has raised. What is no error of the client is raised again.
-            format_was_sent (`bool`):
-                Whether the request had a `response_format`, which the error may be about.
+            format_is_new (`bool`):
+                Whether the request had a `response_format` with which nothing was answered yet, so that the error may be
+                about it.
             key_variable (`str`):
                 Environment variable of the key, for the remedy.
 
@@ -68,8 +68,8 @@ class Outcome:
         import openai
 
         reason = type(error).__name__
-        if isinstance(error, json.JSONDecodeError):
-            # Announced as JSON, and broken off or something else.
+        if isinstance(error, (ValueError, RecursionError)):
+            # Announced as JSON, and broken off, in another encoding or nested without end.
             return cls("retry", reason)
         if isinstance(error, openai.APIConnectionError):
             return cls("retry", reason, unreachable=True)
@@ -77,23 +77,24 @@ class Outcome:
             raise error
         text = str(error).lower()
         retry_after = _retry_after(error.response.headers)
-        if format_was_sent and error.status_code in (400, 422, 500) and _FORMAT_REFUSED.search(text):
+        if format_is_new and error.status_code in (400, 422, 500) and _FORMAT_REFUSED.search(text):
             # llama-cpp-python answers 500 to a format that it does not know.
             return cls("format", reason)
+        if error.code in ("content_filter", "context_length_exceeded") or "context length" in text:
+            return cls("skip", str(error.code or "context_length_exceeded"))
         if error.status_code == 400 and "max_completion_tokens" in text:
-            return cls("max_tokens", reason)
-        if "insufficient_quota" in (error.code, error.type):
+            return cls("max_tokens", reason, error=_as_value_error(error, key_variable))
+        if error.status_code == 402 or "insufficient_quota" in (error.code, error.type):
             # Waiting does not refill an account.
             return cls("stop", reason, error=_as_value_error(error, key_variable))
         if error.status_code == 429:
             return cls("rate_limit", reason, retry_after)
         if error.status_code in (408, 409) or error.status_code >= 500:
             return cls("retry", reason, retry_after)
-        if error.code in ("content_filter", "context_length_exceeded") or "context length" in text:
-            return cls("skip", str(error.code or "context_length_exceeded"))
         if error.status_code == 413:
             return cls("skip", reason)
-        kind = "stop" if error.status_code in (401, 403, 404) else "reject"
+        # Some services answer 403 or 404 to a single prompt, too.
+        kind = "stop" if error.status_code == 401 else "reject"
         return cls(kind, reason, error=_as_value_error(error, key_variable))
 
 
@@ -136,9 +137,10 @@ def _retry_after(headers: Any) -> float | None:
             seconds = float(value) * unit
         except ValueError:
             parsed = email.utils.parsedate_tz(value)
-            if parsed is None:
+            try:
+                seconds = math.inf if parsed is None else email.utils.mktime_tz(parsed) - time.time()
+            except (ValueError, OverflowError):
                 continue
-            seconds = email.utils.mktime_tz(parsed) - time.time()
         if math.isfinite(seconds):
             return max(seconds, 0.0)
     return None
@@ -153,7 +155,8 @@ def _as_value_error(error: "openai.APIStatusError", key_variable: str) -> ValueE
         "RateLimitError": f"The account of the key in `{key_variable}` has no quota left.",
     }
     default = (
-        "The server rejects the request. If it does not accept an option, set `temperature=None` or `max_tokens=None`."
+        "The server rejects the request. If it does not accept an option, leave that out: `temperature=None`, "
+        "`max_tokens=None`, `expected_score=False`, or what `extra_body` adds."
     )
     name = type(error).__name__
     # Servers repeat a key that they reject, so their words are left out there, and the key is blacked out elsewhere.

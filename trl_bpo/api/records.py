@@ -39,6 +39,28 @@ class APIRequest:
     body: dict[str, Any]
     tokens: int
 
+    @property
+    def token_limit(self) -> int | None:
+        """Largest number of tokens that can be answered, `None` if nothing limits it."""
+        limit = self.body.get("max_tokens")
+        return self.body.get("max_completion_tokens") if limit is None else limit
+
+
+def check_extra_body(extra_body: dict[str, Any] | None) -> None:
+    """
+    Check further fields of requests.
+
+    Args:
+        extra_body (`dict`, *optional*):
+            The fields.
+
+    Raises:
+        `ValueError`: If one of them would change what is asked or how it is read.
+    """
+    for name in ("model", "messages", "prompt", "n", "stream", "response_format"):
+        if name in (extra_body or {}):
+            raise ValueError(f"`extra_body` must not have `{name}`, which is set for each request. Leave it out.")
+
 
 @dataclass
 class APIReport:

@@ -80,12 +80,20 @@ class Run:
         self.cost = self.cost_before = 0.0
         self._under_way: set[str] = set()
         self._reserved = 0.0
-        self._done = 0
+        self._estimated = self._reported = 0
         self._usable = self._unusable = self._wasted = self._failed_in_a_row = 0
         self._stop: Exception | None = None
         self._resume_at = self._cooled_at = 0.0
         self._rate_limited_since: float | None = None
         self._cool_down = 0.5
+
+    @property
+    def _has_answered(self) -> bool:
+        return self.sent > 0 or self.estimate.from_store > 0
+
+    @property
+    def _tokens_over_estimate(self) -> float:
+        return self._reported / self._estimated if self._estimated else 1.0
 
     def count_stored(self, requests: Iterable[APIRequest]) -> None:
         """Count the answers that are in the store, so that they are part of `max_cost` wherever they stand in the order."""
@@ -102,6 +110,8 @@ class Run:
                 if self.is_usable(answer):
                     self._usable += 1
                     break
+            else:
+                self._wasted += 1
 
     async def work(self, requests: Iterable[APIRequest]) -> Exception | None:
         """Have the requests answered. Gives the error to raise if that ended early, after what was under way has ended."""
@@ -131,13 +141,9 @@ class Run:
                     )
                     for _ in range(pools)
                 ]
-                try:
-                    async with asyncio.TaskGroup() as group:
-                        for worker in range(workers):
-                            group.create_task(self._work_off(iterator, clients[worker % pools], worker * _START_APART))
-                except ExceptionGroup as errors:
-                    # For example a full disk, which every worker finds: one error says it.
-                    raise errors.exceptions[0] from None
+                async with asyncio.TaskGroup() as group:
+                    for worker in range(workers):
+                        group.create_task(self._work_off(iterator, clients[worker % pools], worker * _START_APART))
         return self._stop
 
     async def _work_off(
@@ -153,9 +159,11 @@ class Run:
                 self._under_way.add(request.key)
                 try:
                     await self._answer(request, openai_client)
+                except Exception as error:
+                    # Such as a full disk. What is under way still lands, as far as it can.
+                    self._stop = self._stop or error
                 finally:
                     self._under_way.discard(request.key)
-            self._done += 1
             self._progress.update()
             self._progress.set_postfix_str(self._status(), refresh=False)
             # Answers from the store come without a wait, so others would not get a turn.
@@ -175,6 +183,8 @@ class Run:
                 self.sent += 1
                 self.reasked += attempt > 0
                 self._count(answer)
+                self._estimated += request.tokens
+                self._reported += answer["prompt_tokens"]
                 is_new = True
             last = answer
             if self.is_usable(answer):
@@ -184,7 +194,7 @@ class Run:
                 break
         self._unusable += 1
         self._wasted += is_new
-        if is_new and self._wasted == _PATIENCE and not self._usable and self._stop is None:
+        if is_new and self._wasted >= _PATIENCE and not self._usable and self._stop is None:
             self._stop = ValueError(
                 f"`{self.client.model}` has given {_PATIENCE} answers, none of which can be used; the last one: "
                 f"{why_unusable(last)}. Nothing more is paid for. Check the model, `prompt_template` and `max_tokens`."
@@ -216,18 +226,21 @@ class Run:
             format_index = self.client.format_index
             try:
                 answer = await self._send(request, openai_client, format_index)
-            except NotACompletion:
-                # At the start that is a wrong address, later a glitch of something between here and the server.
-                outcome = Outcome("stop" if self.sent == 0 else "retry", "no completion", error=_NOT_A_COMPLETION)
+            except NotACompletion as error:
+                # A page is a wrong address at the start, and later a glitch of something before the server.
+                is_page = error.args == ("page",)
+                kind = "stop" if is_page and not self._has_answered else "retry"
+                outcome = Outcome(kind, "no completion", error=_NOT_A_COMPLETION)
             except Exception as error:
                 # The client's error is let go of here: its text and its request can hold the key.
                 outcome = Outcome.of(
                     error,
-                    format_was_sent=self.client.formats[format_index] is not None,
+                    format_is_new=self.client.formats[format_index] is not None and not self.client.format_is_accepted,
                     key_variable=self.client.api_key_variable,
                 )
             else:
                 self._failed_in_a_row = 0
+                self.client.format_is_accepted |= format_index == self.client.format_index
                 self._rate_limited_since, self._cool_down = None, 0.5
                 return answer
             finally:
@@ -259,7 +272,7 @@ class Run:
             try:
                 data = json.loads(data)
             except ValueError:
-                raise NotACompletion from None
+                raise NotACompletion("page") from None
         answer = read_answer(data, request)
         return {**answer, "format": response_format and response_format["type"]}
 
@@ -267,8 +280,9 @@ class Run:
         """Set money aside for a request: 0 without a limit, -1 if others must end first, `None` if it is spent."""
         if self.max_cost is None or self.client.price is None:
             return 0.0
-        limit = request.body.get("max_tokens") or TOKENS_WITHOUT_LIMIT
-        price = self.client.price.of(request.tokens, limit)
+        # The estimate is for English. What the server counts tells how far it is off for these texts.
+        tokens = request.tokens * max(1.0, self._tokens_over_estimate)
+        price = self.client.price.of(tokens, request.token_limit or TOKENS_WITHOUT_LIMIT)
         if self.cost + price > self.max_cost:
             if self._stop is None:
                 self._stop = CollectionStopped(
@@ -310,22 +324,21 @@ class Run:
 
     def _fail(self, request: APIRequest, outcome: "Outcome") -> None:
         self.failures[request.key] = outcome.reason
-        answered = self.sent > 0
-        # What is left of an earlier run may be nothing but requests that the server rejects.
-        accepted_before = self.estimate.from_store > 0
+        is_rejected = outcome.kind in ("reject", "format", "max_tokens")
         stop: Exception | None = None
-        if outcome.kind == "stop" or (outcome.kind == "reject" and not answered and not accepted_before):
+        if outcome.kind == "stop" or (is_rejected and not self._has_answered):
             stop = outcome.error
-        if outcome.kind == "retry" or (outcome.kind == "reject" and not accepted_before):
+        elif is_rejected or outcome.kind == "retry":
             self._failed_in_a_row += 1
-            patience = max(self.concurrency, _FAILURES_IN_A_ROW)
-            if outcome.unreachable:
+            # What is left of an earlier run may be nothing but requests that the server rejects.
+            patience = max(self.concurrency, _FAILURES_IN_A_ROW if self.sent or not is_rejected else _PATIENCE)
+            if outcome.unreachable and self.sent == 0:
                 # A server that is not there is not there for the few either.
-                patience = min(self.concurrency, self.estimate.requests) if not answered else patience
-            if stop is None and self._failed_in_a_row >= patience:
-                if outcome.kind == "reject":
+                patience = min(self.concurrency, self.estimate.requests - self.estimate.from_store)
+            if self._failed_in_a_row >= patience:
+                if is_rejected:
                     stop = outcome.error
-                elif answered:
+                elif self.sent:
                     stop = CollectionStopped(
                         f"The server has stopped answering: {self._failed_in_a_row} requests in a row ended with "
                         f"`{outcome.reason}`. All answers so far are kept: run the same again when it is back. If it is these "
@@ -338,7 +351,7 @@ class Run:
                         "environment variable `OPENAI_BASE_URL`, or raise `timeout` if the server is slow."
                     )
                 else:
-                    stop = ValueError(
+                    stop = outcome.error or ValueError(
                         f"The server fails: {self._failed_in_a_row} requests in a row ended with `{outcome.reason}`, "
                         "and none was answered. See its log."
                     )
@@ -348,7 +361,8 @@ class Run:
     def _status(self) -> str:
         parts = []
         if self.client.price is not None:
-            projected = self.cost / max(self._done, 1) * self.estimate.requests
+            to_ask = self.estimate.requests - self.estimate.from_store
+            projected = self.cost_before + (self.cost - self.cost_before) / max(self.sent, 1) * to_ask
             parts.append(f"{dollars(self.cost)} of about {dollars(projected)}")
         if self._unusable or self.failures:
             parts.append(f"{self._unusable} unusable, {len(self.failures)} failed")
