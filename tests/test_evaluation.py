@@ -23,6 +23,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import enable_progress_bar
 
 from trl_bpo import Verdict
 from trl_bpo.evaluation import comparison_table, distinct_n, evaluate_policy, paired_difference, perplexity
@@ -100,6 +101,8 @@ def test_perplexity_with_tools(tiny):
 
 
 def test_perplexity_shows_its_progress(tiny, capsys):
+    # Another test may have switched it off, for the whole process.
+    enable_progress_bar()
     perplexity(*tiny, PROMPTS, RESPONSES, batch_size=3)
     assert "Computing perplexities: 100%" in capsys.readouterr().err
 

@@ -637,6 +637,9 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from openai_server import OpenAIServer
 from trl_bpo import OpenAIJudge
 
+# A shell starts what runs in its background with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def answer(request):
     if len(server.requests) == 20:
         os.kill(os.getpid(), signal.SIGINT)
