@@ -165,7 +165,7 @@ def behave(request, attempt):
 
 
 def judge_rows(server, count=ROWS, **options):
-    options = {"max_concurrency": 64, "max_retries": RETRIES, "timeout": 2.0, **options}
+    options = {"max_concurrency": 64, "max_retries": RETRIES, "timeout": 4.0, **options}
     judge = OpenAIJudge("m", base_url=server.base_url, **options)
     return judge, judge(prompts=["Prompt"] * count, completions=[f"Response {row}" for row in range(count)])
 

@@ -120,10 +120,9 @@ class Run:
         workers = min(self.concurrency, self.estimate.requests)
         # The connection pool goes through all of its connections for every request, so several small ones take less.
         pools = -(-workers // _CONNECTIONS_PER_POOL)
-        # By default a pool keeps 100 connections, and above that closes one and opens another for every request.
-        limits = type(DEFAULT_CONNECTION_LIMITS)(
-            max_connections=_CONNECTIONS_PER_POOL, max_keepalive_connections=_CONNECTIONS_PER_POOL
-        )
+        # The number of workers is the limit. One of the pool's own would let them wait for connections that time-outs have
+        # left to be closed, and their own time runs meanwhile.
+        limits = type(DEFAULT_CONNECTION_LIMITS)(max_connections=None, max_keepalive_connections=_CONNECTIONS_PER_POOL)
         iterator = iter(requests)
         with transformers_logging.tqdm(
             total=self.estimate.requests, desc=self.desc, disable=not PartialState().is_main_process
