@@ -38,7 +38,7 @@ from trl_bpo import BPODataCollector, OpenAIJudge, RewardModelJudge, Verdict
 from trl_bpo.answer_store import AnswerStore
 from trl_bpo.api import CollectionStopped
 from trl_bpo.judging import judge_responses
-from trl_bpo.openai_judge import OpenAIPairwiseJudge
+from trl_bpo.openai_pairwise_judge import OpenAIPairwiseJudge
 from trl_bpo.rubrics import load_rubric
 
 

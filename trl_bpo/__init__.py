@@ -24,7 +24,8 @@ from .depth import DepthSelection, DepthSelector
 from .generation import TransformersGenerator
 from .judging import Verdict
 from .openai_generator import OpenAIGenerator
-from .openai_judge import OpenAIJudge, OpenAIPairwiseJudge
+from .openai_judge import OpenAIJudge
+from .openai_pairwise_judge import OpenAIPairwiseJudge
 from .reward_model_judge import RewardModelJudge
 from .verifiable import VerifiableJudge
 from .vllm_generator import VLLMGenerator

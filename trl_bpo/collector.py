@@ -40,7 +40,8 @@ from .api.batch import BatchStatus
 from .generation import Generator, Response
 from .judging import Judge, Verdict, judge_responses, one_response_a_row
 from .openai_generator import OpenAIGenerator
-from .openai_judge import OpenAIJudge, OpenAIPairwiseJudge
+from .openai_judge import OpenAIJudge
+from .openai_pairwise_judge import OpenAIPairwiseJudge
 from .pairing import PairReport, build_pairs, pair_indices
 from .processes import on_main_process
 from .prompts import prompt_id

