@@ -26,7 +26,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 
-STRATEGIES = ("implicit_reward_margin_high", "random", "embedding", "gradient_norm")
+STRATEGIES = ("implicit_reward_margin_high", "random", "embedding", "gradient_norm", "gradient_random")
 
 
 class Events(TrainerCallback):

@@ -231,6 +231,8 @@ def test_errors():
             DepthSelector(fraction)
     with pytest.raises(ValueError, match="`scope` must be one of"):
         DepthSelector(0.5, scope="all")
+    with pytest.raises(ValueError, match="`rule` must be one of"):
+        DepthSelector(0.5, rule="any")
     with pytest.raises(ValueError, match="`min_pairs_per_prompt` must not be negative"):
         DepthSelector(0.5, min_pairs_per_prompt=-1)
     with pytest.raises(ValueError, match="no pair to select from"):
@@ -268,8 +270,8 @@ def test_annotate():
 def test_farthest_is_the_other_end(scope):
     features, pair_ids, prompt_ids = pool()
     near, far = (
-        DepthSelector(0.5, scope=scope, farthest=farthest).select(features, pair_ids, prompt_ids)
-        for farthest in (False, True)
+        DepthSelector(0.5, scope=scope, rule=rule).select(features, pair_ids, prompt_ids)
+        for rule in ("nearest", "farthest")
     )
     # Only what is kept differs: ranks still count from the nearest.
     for name in ("clusters", "distances", "ranks"):
@@ -288,11 +290,162 @@ def test_farthest_is_the_other_end(scope):
 @pytest.mark.parametrize("scope", ["per_cluster", "overall"])
 def test_floor_of_the_farthest(scope):
     features, pair_ids, prompt_ids = pool()
-    selector = DepthSelector(1 / 3, scope=scope, farthest=True, min_pairs_per_prompt=1)
+    selector = DepthSelector(1 / 3, scope=scope, rule="farthest", min_pairs_per_prompt=1)
     selection = selector.select(features, pair_ids, prompt_ids)
     # The budget is one a prompt, and what a prompt has to keep is its farthest pair.
     farthest = [rows[np.argmax(selection.distances[rows])] for rows in np.arange(30).reshape(10, 3)]
     assert np.flatnonzero(selection.selected).tolist() == farthest
+
+
+# The other rules
+
+OTHERS = ("random", "random_like_nearest", "k_centre")
+
+
+def per_group(selection, groups):
+    return Counter(np.asarray(groups)[selection.selected])
+
+
+@pytest.mark.parametrize("rule", OTHERS)
+@pytest.mark.parametrize("n", [1, 2, 12, 37])
+def test_exactly_the_budget_by_any_rule(n, rule):
+    features, pair_ids, prompt_ids = pool(n)
+    for scope in ("per_cluster", "overall"):
+        for fraction in (0.01, 0.3, 0.5, 1.0):
+            for floor in (0, 1) if fraction >= 0.5 else (0,):
+                selector = DepthSelector(fraction, scope=scope, rule=rule, min_pairs_per_prompt=floor)
+                selection = selector.select(features, pair_ids, prompt_ids)
+                assert selection.selected.sum() == selection.metrics["active_pairs"] == budget(fraction, n)
+
+
+@pytest.mark.parametrize("rule", OTHERS)
+def test_only_what_is_kept_differs(rule):
+    features, pair_ids, prompt_ids = pool()
+    near, other = (DepthSelector(0.4, rule=name).select(features, pair_ids, prompt_ids) for name in ("nearest", rule))
+    for name in ("clusters", "distances", "ranks"):
+        assert np.array_equal(getattr(near, name), getattr(other, name)), name
+    assert near.metrics.keys() == other.metrics.keys()
+    for name in ("n_clusters", "variance_explained", "variance_explained_gaussian"):
+        assert near.metrics[name] == other.metrics[name]
+    assert not np.array_equal(near.selected, other.selected)
+
+
+@pytest.mark.parametrize("scope", ["per_cluster", "overall"])
+def test_drawn_of_each_cluster_as_many_as_the_nearest(scope):
+    features, pair_ids, prompt_ids = pool(60)
+    features[7] = 0
+    near = DepthSelector(0.4, scope=scope).select(features, pair_ids, prompt_ids)
+    selector, chosen = DepthSelector(0.4, scope=scope, rule="random"), np.zeros(60)
+    for number in range(200):
+        drawn = selector.select(features, pair_ids, prompt_ids, number)
+        assert per_group(drawn, drawn.clusters) == per_group(near, near.clusters)
+        chosen += drawn.selected
+    # Each of a cluster as often, with a standard deviation of at most 7.1, and none that was left out.
+    quotas, sizes = per_group(near, near.clusters), Counter(near.clusters)
+    expected = [200 * quotas[label] / sizes[label] for label in near.clusters]
+    assert np.abs(chosen - expected).max() < 30 and chosen[7] == 0
+
+
+@pytest.mark.parametrize("scope", ["per_cluster", "overall"])
+@pytest.mark.parametrize("floor", [0, 1, 2])
+def test_drawn_with_the_depths_of_the_nearest(scope, floor):
+    features, pair_ids, _ = pool(60)
+    features[[0, 55]] = 0
+    prompt_ids = [f"p{int(np.sqrt(i))}" for i in range(60)]
+    options = {"scope": scope, "min_pairs_per_prompt": floor}
+    near = DepthSelector(0.4, **options).select(features, pair_ids, prompt_ids)
+    other, again = (
+        DepthSelector(0.4, rule="random_like_nearest", **options).select(features, pair_ids, prompt_ids, number)
+        for number in range(2)
+    )
+    for drawn in (other, again):
+        assert sorted(per_group(drawn, prompt_ids).values()) == sorted(per_group(near, prompt_ids).values())
+        for name in ("pairs_per_prompt_mean", "pairs_per_prompt_max", "prompts_without_pair"):
+            assert drawn.metrics[name] == near.metrics[name]
+        # "p0" has one pair, and it has no gradient.
+        assert all(per_group(drawn, prompt_ids)[f"p{p}"] >= floor for p in range(1, 8))
+        assert not drawn.selected[[0, 55]].any()
+    assert not np.array_equal(other.selected, again.selected)
+
+
+def test_k_centre_covers_better_than_the_nearest():
+    features, pair_ids, prompt_ids = pool(60)
+    for normalize in (True, False):
+        scaled = features * np.linspace(0.5, 4, 60, dtype=np.float32)[:, None]
+        x = scaled / np.linalg.norm(scaled, axis=1, keepdims=True) if normalize else scaled
+        kept = {
+            rule: DepthSelector(0.3, rule=rule, normalize=normalize).select(scaled, pair_ids, prompt_ids).selected
+            for rule in ("nearest", "k_centre")
+        }
+        radius = {
+            rule: np.linalg.norm(x[:, None] - x[None, rows], axis=2).min(axis=1).max() for rule, rows in kept.items()
+        }
+        assert radius["k_centre"] < radius["nearest"]
+        # Greedily, and on the features as they are normalised: the centres lie apart by the radius at least.
+        apart = np.linalg.norm(x[kept["k_centre"]][:, None] - x[None, kept["k_centre"]], axis=2)
+        assert apart[~np.eye(len(apart), dtype=bool)].min() >= radius["k_centre"] * (1 - 1e-5)
+        assert kept["k_centre"][np.linalg.norm(x - x.mean(axis=0), axis=1).argmin()]
+
+
+def test_k_centre_knows_no_clusters_and_no_draws():
+    features, pair_ids, prompt_ids = pool()
+    plain = DepthSelector(0.4, rule="k_centre").select(features, pair_ids, prompt_ids)
+    for options in ({"scope": "overall"}, {"n_clusters": 7}, {"seed": 1}):
+        selection = DepthSelector(0.4, rule="k_centre", **options).select(features, pair_ids, prompt_ids, 3)
+        assert np.array_equal(selection.selected, plain.selected), options
+
+
+def test_floor_of_k_centre():
+    # On a line, the mean at 0: kept are 0 and then the outermost, all of them of the first prompt.
+    features = np.array([[0.0], [9], [-9], [6], [1], [2], [-9]]) + 100
+    prompt_ids, pair_ids = list("aaaabbb"), list("1234567")
+    options = {"rule": "k_centre", "n_clusters": 1, "normalize": False}
+    free = DepthSelector(3 / 7, **options).select(features, pair_ids, prompt_ids)
+    assert np.flatnonzero(free.selected).tolist() == [0, 1, 2]
+    # The last of these makes room for the pair of "b" that is farthest from them.
+    held = DepthSelector(3 / 7, min_pairs_per_prompt=1, **options).select(features, pair_ids, prompt_ids)
+    assert np.flatnonzero(held.selected).tolist() == [0, 1, 5]
+
+
+@pytest.mark.parametrize("rule", OTHERS)
+@pytest.mark.parametrize("floor", [1, 2, 5])
+def test_every_prompt_keeps_its_floor_by_any_rule(floor, rule):
+    features, pair_ids, _ = pool()
+    prompt_ids = ["a"] * 10 + ["b"] * 2 + ["c"] * 18
+    for number in range(10):
+        selector = DepthSelector(0.4, rule=rule, min_pairs_per_prompt=floor)
+        kept = per_group(selector.select(features, pair_ids, prompt_ids, number), prompt_ids)
+        assert sum(kept.values()) == 12
+        for prompt, n in (("a", 10), ("b", 2), ("c", 18)):
+            assert kept[prompt] >= min(floor, n)
+
+
+@pytest.mark.parametrize("rule", OTHERS)
+@pytest.mark.parametrize("floor", [0, 1])
+def test_row_order_does_not_matter_by_any_rule(floor, rule):
+    features, pair_ids, prompt_ids = pool()
+    features[10:14] = features[0]
+    order = np.random.default_rng(1).permutation(30)
+    selector = DepthSelector(0.4, rule=rule, min_pairs_per_prompt=floor)
+    first = selector.select(features, pair_ids, prompt_ids, 2)
+    again = selector.select(features[order], [pair_ids[i] for i in order], [prompt_ids[i] for i in order], 2)
+    assert np.array_equal(again.selected, first.selected[order]) and again.metrics == first.metrics
+
+
+@pytest.mark.parametrize("rule", OTHERS)
+def test_numbers_of_draws(rule):
+    features, pair_ids, prompt_ids = pool()
+    select = DepthSelector(0.4, rule=rule).select
+    kept = [select(features, pair_ids, prompt_ids, number).selected for number in (0, 1, 2, 1)]
+    assert np.array_equal(kept[1], kept[3])
+    assert len({rows.tobytes() for rows in kept}) == (1 if rule == "k_centre" else 3)
+
+
+@pytest.mark.parametrize("rule", ["nearest", "farthest"])
+def test_the_number_of_the_draw_is_nothing_to_what_is_not_drawn(rule):
+    features, pair_ids, prompt_ids = pool()
+    first, again = (DepthSelector(0.4, rule=rule).select(features, pair_ids, prompt_ids, n) for n in (0, 5))
+    assert np.array_equal(first.selected, again.selected) and first.metrics == again.metrics
 
 
 # Norms
@@ -382,7 +535,7 @@ def test_what_plays_no_part_by_score():
     _, pair_ids, prompt_ids = pool()
     scores = np.random.default_rng(0).standard_normal(30)
     plain = DepthSelector(0.4).select_by_score(scores, pair_ids, prompt_ids)
-    for options in ({"farthest": True}, {"scope": "overall"}, {"n_clusters": 30}, {"normalize": False}, {"seed": 1}):
+    for options in ({"rule": "farthest"}, {"scope": "overall"}, {"n_clusters": 30}, {"normalize": False}, {"seed": 1}):
         selection = DepthSelector(0.4, **options).select_by_score(scores, pair_ids, prompt_ids)
         assert np.array_equal(selection.selected, plain.selected), options
 

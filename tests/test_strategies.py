@@ -38,10 +38,15 @@ from trl_bpo.capture import target_modules
 from trl_bpo.embedding import embed_texts
 from trl_bpo.pool import PairPool, identify_pairs
 from trl_bpo.responses import unique_responses
-from trl_bpo.strategies import check_strategy, draw_scores, measure_by_data, measure_by_policy
+from trl_bpo.strategies import check_strategy, measure_by_data, measure_by_policy
 
 
-CLUSTERED = ("gradient", "gradient_farthest", "embedding", "embedding_farthest")
+CLUSTERED = (
+    *("gradient", "gradient_farthest", "gradient_random", "random_like_gradient", "gradient_k_centre"),
+    *("embedding", "embedding_farthest"),
+)
+# By the gradients, and drawn at random.
+DRAWN = ("gradient_random", "random_like_gradient")
 BY_FORWARD_PASS = [strategy for strategy in POLICY_STRATEGIES if strategy not in GRADIENT_STRATEGIES]
 
 
@@ -149,17 +154,6 @@ def test_longest_in_a_trainer(tiny_dir, tmp_path):
 
 
 # At random
-
-
-def test_draws_depend_on_the_ids_and_not_on_their_order():
-    ids = [f"pair-{(7 * i) % 31}" for i in range(31)]
-    scores = draw_scores(ids, 1, 2)
-    assert scores.shape == (31,) and (scores >= 0).all() and (scores < 1).all() and len(set(scores)) == 31
-    order = np.random.default_rng(0).permutation(31)
-    assert np.array_equal(draw_scores([ids[i] for i in order], 1, 2), scores[order])
-    assert np.array_equal(draw_scores(ids, 1, 2), scores)
-    for seed, number in ((2, 2), (1, 3), (2, 1)):
-        assert not np.array_equal(draw_scores(ids, seed, number), scores)
 
 
 def test_random_draws_anew_and_random_once_does_not(make_pool):
@@ -367,19 +361,62 @@ def test_farthest_in_a_trainer(tiny_dir, tmp_path, encoder):
         assert np.array_equal(near.selected, ~far.selected)
 
 
-def test_draws_follow_the_seed(tiny_dir, tmp_path):
+def test_controls_of_the_gradient_in_a_trainer(tiny_dir, tmp_path):
+    gradient, random, like, k_centre = (
+        BPOTrainer(
+            tiny_dir,
+            args=config(tmp_path / strategy, depth_strategy=strategy, depth_fraction=0.4, depth_clusters=2),
+            train_dataset=pairs(),
+            peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        ).select_pairs()
+        for strategy in ("gradient", *DRAWN, "gradient_k_centre")
+    )
+    for control in (random, like, k_centre):
+        assert control.selected.sum() == gradient.selected.sum() == 7
+        assert not np.array_equal(control.selected, gradient.selected)
+        for name in ("clusters", "distances", "ranks"):
+            assert np.array_equal(getattr(control, name), getattr(gradient, name)), name
+    assert np.bincount(random.clusters[random.selected]).tolist() == (
+        np.bincount(gradient.clusters[gradient.selected]).tolist()
+    )
+    prompts = np.arange(18) // 3
+    assert sorted(Counter(prompts[like.selected]).values()) == sorted(Counter(prompts[gradient.selected]).values())
+
+
+@pytest.mark.parametrize("strategy", ["random", *DRAWN])
+def test_draws_follow_the_seed(tiny_dir, tmp_path, strategy):
     runs = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        options = {"seed": seed, "reselect_every_steps": 1, "max_steps": 3, "depth_fraction": 0.3}
-        runs.append(train(tiny_dir, tmp_path / name, "random", **options).selections)
+        # A learning rate of zero: the gradients are the same, so that what differs is drawn.
+        options = {
+            "seed": seed,
+            "reselect_every_steps": 1,
+            "max_steps": 3,
+            "depth_fraction": 0.3,
+            "learning_rate": 0.0,
+        }
+        runs.append(train(tiny_dir, tmp_path / name, strategy, **options).selections)
     assert runs[0] == runs[1] and runs[0] != runs[2]
     assert len({frozenset(rows) for _, rows in runs[0]}) == 3
 
 
-def test_random_counts_the_selections_of_training_alone(tiny_dir, tmp_path):
-    whole = train(tiny_dir, tmp_path / "a", "random")
+@pytest.mark.parametrize("strategy", ["gradient", "gradient_k_centre"])
+def test_what_is_not_drawn_changes_with_the_policy_alone(tiny_dir, tmp_path, strategy):
+    options = {"reselect_every_steps": 1, "max_steps": 3, "depth_fraction": 0.3}
+    still = train(tiny_dir, tmp_path / "a", strategy, learning_rate=0.0, **options).selections
+    assert len({frozenset(rows) for _, rows in still}) == 1
+    moving = train(tiny_dir, tmp_path / "b", strategy, learning_rate=5e-2, **options).selections
+    assert moving[0] == still[0] and len({frozenset(rows) for _, rows in moving}) > 1
+
+
+@pytest.mark.parametrize("strategy", ["random", *DRAWN])
+def test_random_counts_the_selections_of_training_alone(tiny_dir, tmp_path, strategy):
+    whole = train(tiny_dir, tmp_path / "a", strategy)
     trainer = RecordingTrainer(
-        tiny_dir, args=config(tmp_path / "b", depth_strategy="random"), train_dataset=scored(pairs())
+        tiny_dir,
+        args=config(tmp_path / "b", depth_strategy=strategy),
+        train_dataset=scored(pairs()),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
     for _ in range(2):
         trainer.select_pairs()
@@ -394,12 +431,20 @@ def test_floor_of_a_score_strategy(tiny_dir, tmp_path):
     assert trainer.selections[-1][1] == best
 
 
-def test_resumed_run_of_scores(tiny_dir, tmp_path):
+@pytest.mark.parametrize("strategy", ["gradient_random", "random_like_gradient", "gradient_k_centre"])
+def test_floor_of_the_controls(tiny_dir, tmp_path, strategy):
+    trainer = train(tiny_dir, tmp_path, strategy, depth_fraction=1 / 3, min_pairs_per_prompt=1)
+    for _, rows in trainer.selections:
+        assert sorted(row // 3 for row in rows) == list(range(6))
+
+
+@pytest.mark.parametrize("strategy", ["random", *DRAWN, "gradient_k_centre"])
+def test_resumed_run_draws_as_the_whole_one(tiny_dir, tmp_path, strategy):
     options = {"save_strategy": "steps", "save_steps": 1, "reselect_every_steps": 2, "max_steps": 6}
-    whole = train(tiny_dir, tmp_path, "random", **options)
+    whole = train(tiny_dir, tmp_path, strategy, **options)
     resumed = RecordingTrainer(
         tiny_dir,
-        args=config(tmp_path / "again", depth_strategy="random", **options),
+        args=config(tmp_path / "again", depth_strategy=strategy, **options),
         train_dataset=scored(pairs()),
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )

@@ -27,7 +27,10 @@ from .feature_store import DTYPES
 
 FEATURES = ("pair", "sum", "chosen")
 # By what the policy makes of the pairs, which takes a pass over them at each selection, and by the data alone.
-GRADIENT_STRATEGIES = ("gradient", "gradient_farthest", "gradient_norm")
+GRADIENT_STRATEGIES = (
+    *("gradient", "gradient_farthest", "gradient_random", "random_like_gradient", "gradient_k_centre"),
+    "gradient_norm",
+)
 POLICY_STRATEGIES = (*GRADIENT_STRATEGIES, "loss", "implicit_reward_margin_high", "implicit_reward_margin_low")
 DATA_STRATEGIES = (
     *("embedding", "embedding_farthest", "score_margin_high", "score_margin_low", "longest"),
@@ -57,10 +60,12 @@ class BPOConfig(DPOConfig):
             [`~trl.DPOTrainer`].
         depth_strategy (`str`, *optional*, defaults to `"gradient"`):
             What measures depth. `"gradient"` is BPO: the pairs whose gradients lie nearest to the centres of their K-means
-            clusters. The others are there to compare with: `"gradient_farthest"`, `"gradient_norm"`, `"loss"`,
-            `"implicit_reward_margin_high"`, `"implicit_reward_margin_low"`, `"embedding"`, `"embedding_farthest"`,
-            `"score_margin_high"`, `"score_margin_low"`, `"longest"`, `"random"` (drawn anew at each selection),
-            `"random_once"`, `"equal_per_prompt"` and `"best_worst_per_prompt"`; see `trl_bpo/strategies.py`.
+            clusters. The others are there to compare with: `"gradient_farthest"`, `"gradient_random"` (as many of each
+            cluster, drawn at random), `"random_like_gradient"` (as many pairs a prompt, drawn at random),
+            `"gradient_k_centre"`, `"gradient_norm"`, `"loss"`, `"implicit_reward_margin_high"`,
+            `"implicit_reward_margin_low"`, `"embedding"`, `"embedding_farthest"`, `"score_margin_high"`,
+            `"score_margin_low"`, `"longest"`, `"random"` (drawn anew at each selection), `"random_once"`,
+            `"equal_per_prompt"` and `"best_worst_per_prompt"`; see `trl_bpo/strategies.py`.
         depth_clusters (`int`, *optional*):
             Number of K-means clusters of the features. If `None`, `round(sqrt(n / 2))`.
         depth_scope (`str`, *optional*, defaults to `"per_cluster"`):

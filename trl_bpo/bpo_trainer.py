@@ -46,10 +46,11 @@ from .preconditioning import check_second_moment
 from .processes import on_main_process
 from .projection import SparseProjection
 from .responses import unique_responses
+from .rules import draw_scores
 from .sampler import ActivePairsSampler
 from .schedule import SelectionSchedule
 from .selection_state import load_header, load_selection_state, save_selection, save_selection_state
-from .strategies import check_strategy, draw_scores, measure_by_data, measure_by_policy
+from .strategies import RULE_OF_STRATEGY, check_strategy, measure_by_data, measure_by_policy
 
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ class BPOTrainer(DPOTrainer):
             args.depth_fraction,
             n_clusters=args.depth_clusters,
             scope=args.depth_scope,
-            farthest=args.depth_strategy.endswith("_farthest"),
+            rule=RULE_OF_STRATEGY.get(args.depth_strategy, "nearest"),
             normalize=args.normalize_gradients,
             min_pairs_per_prompt=args.min_pairs_per_prompt,
             seed=args.seed,
@@ -255,8 +256,11 @@ class BPOTrainer(DPOTrainer):
 
         def select() -> DepthSelection:
             measures = measure_by_data(self) if by_policy is None else by_policy
-            choose = self._selector.select if measures.ndim == 2 else self._selector.select_by_score
-            return choose(measures, self._pool.pair_ids, self._pool.prompt_ids)
+            ids = self._pool.pair_ids, self._pool.prompt_ids
+            if measures.ndim == 1:
+                return self._selector.select_by_score(measures, *ids)
+            # The draw 0 is that of the steps before the first selection.
+            return self._selector.select(measures, *ids, self._num_selections + 1)
 
         selection = on_main_process(self.accelerator, select)
         if not self.is_in_train:

@@ -156,15 +156,30 @@ def cluster(features: np.ndarray, ids: Sequence[str], n_clusters: int | None = N
     order, features = _sorted_by_id(features, ids)
     sorted_labels, sorted_distances, variance_explained = _fit(features, n_clusters, seed)
 
-    # A stable sort by distance, then by cluster, of rows that are already in the order of their ids.
-    by_distance = np.lexsort((sorted_distances, sorted_labels))
-    starts = np.searchsorted(sorted_labels[by_distance], sorted_labels[by_distance])
-    sorted_ranks = np.empty(n, dtype=np.int64)
-    sorted_ranks[by_distance] = np.arange(n) - starts
+    labels, distances = np.empty(n, dtype=np.int64), np.empty(n)
+    labels[order], distances[order] = sorted_labels, sorted_distances
+    return Clustering(labels, distances, rank_in_groups(labels, distances, ids), variance_explained)
 
-    labels, distances, ranks = np.empty(n, dtype=np.int64), np.empty(n), np.empty(n, dtype=np.int64)
-    labels[order], distances[order], ranks[order] = sorted_labels, sorted_distances, sorted_ranks
-    return Clustering(labels, distances, ranks, variance_explained)
+
+def rank_in_groups(groups: np.ndarray, measures: np.ndarray, ids: Sequence[str]) -> np.ndarray:
+    """
+    Rank each row within its own group.
+
+    Args:
+        groups (`np.ndarray` of shape `(n,)`):
+            Group of each row.
+        measures (`np.ndarray` of shape `(n,)`):
+            What is ranked by, the lowest first.
+        ids (`Sequence[str]`):
+            Content hash of each row, which settles ties.
+
+    Returns:
+        `np.ndarray` of shape `(n,)`, int64: Rank of each row, from 0.
+    """
+    order = np.lexsort((np.asarray(ids), measures, groups))
+    ranks = np.empty(len(groups), dtype=np.int64)
+    ranks[order] = np.arange(len(groups)) - np.searchsorted(groups[order], groups[order])
+    return ranks
 
 
 def check_n_clusters(option: str, n_clusters: int, n: int) -> None:

@@ -24,6 +24,8 @@ Columns in: `pair_id` and `prompt_id`. Columns out, beside all that came in:
 | `depth_rank` | int64 | rank by that distance within the cluster, 0 is the nearest; -1 if left out |
 | `depth_selected` | bool | whether the pair is kept |
 
+The first three mean the same whatever the `rule` is that says which of the clustered pairs are kept.
+
 A selection by scores has no clusters. In place of the first two columns it has `depth_score` (float64, the highest are
 kept), and `depth_rank` is the rank among all pairs.
 """
@@ -36,13 +38,16 @@ from datasets import Dataset
 
 from .clustering import (
     SCOPES,
+    Clustering,
     budget,
     check_fraction,
     check_n_clusters,
     cluster,
     gaussian_variance_explained,
     nearest_to_centre,
+    rank_in_groups,
 )
+from .rules import RULES, draw_like, draw_scores, k_centre
 
 
 logger = logging.getLogger(__name__)
@@ -188,16 +193,20 @@ class DepthSelector:
         scope (`str`, *optional*, defaults to `"per_cluster"`):
             `"per_cluster"` keeps the nearest of each cluster, in proportion to its size; `"overall"` keeps the nearest
             of all.
-        farthest (`bool`, *optional*, defaults to `False`):
-            Whether to keep the pairs farthest from the centres instead of the nearest: the opposite of the paper, to
-            compare with.
+        rule (`str`, *optional*, defaults to `"nearest"`):
+            Which of the clustered pairs are kept. `"nearest"` is the paper; the others are there to compare with:
+            `"farthest"` from the centres, `"random"` (as many of each cluster as `"nearest"`), `"random_like_nearest"`
+            (with the numbers of pairs a prompt of `"nearest"`) and `"k_centre"` (greedy k-centre, whatever the
+            clusters); see `trl_bpo/rules.py`. Clusters, distances and ranks are the same under each.
         normalize (`bool`, *optional*, defaults to `True`):
             Whether to scale the features to unit length. Otherwise the pairs nearest to a centre are those with hardly
             any gradient.
         min_pairs_per_prompt (`int`, *optional*, defaults to `0`):
-            Pairs that every prompt keeps at least (all of them if it has fewer), within the budget.
+            Pairs that every prompt keeps at least (all of them if it has fewer), within the budget: its first by the
+            rule. Where that adds pairs, the last by the rule that no prompt needs make room, so that under `"random"` the
+            numbers a cluster may move.
         seed (`int`, *optional*, defaults to `42`):
-            Seed of K-means and of the Gaussian.
+            Seed of K-means, of the Gaussian and of the rules that draw.
 
     Raises:
         `ValueError`: If an option is out of range.
@@ -209,7 +218,7 @@ class DepthSelector:
         *,
         n_clusters: int | None = None,
         scope: str = "per_cluster",
-        farthest: bool = False,
+        rule: str = "nearest",
         normalize: bool = True,
         min_pairs_per_prompt: int = 0,
         seed: int = 42,
@@ -217,12 +226,14 @@ class DepthSelector:
         check_fraction("fraction", fraction)
         if scope not in SCOPES:
             raise ValueError(f"`scope` must be one of {SCOPES}, got {scope!r}.")
+        if rule not in RULES:
+            raise ValueError(f"`rule` must be one of {RULES}, got {rule!r}.")
         if min_pairs_per_prompt < 0:
             raise ValueError(f"`min_pairs_per_prompt` must not be negative, got {min_pairs_per_prompt}.")
         self.fraction = fraction
         self.n_clusters = n_clusters
         self.scope = scope
-        self.farthest = farthest
+        self.rule = rule
         self.normalize = normalize
         self.min_pairs_per_prompt = min_pairs_per_prompt
         self.seed = seed
@@ -272,7 +283,9 @@ class DepthSelector:
             )
         return n_keep
 
-    def select(self, features: np.ndarray, pair_ids: list[str], prompt_ids: list[str]) -> DepthSelection:
+    def select(
+        self, features: np.ndarray, pair_ids: list[str], prompt_ids: list[str], number: int = 0
+    ) -> DepthSelection:
         """
         Select pairs by their features. Memory beside them: two copies, and about 0.5 GB.
 
@@ -284,6 +297,8 @@ class DepthSelector:
                 Content hash of each pair, which settles ties.
             prompt_ids (`list[str]`):
                 Prompt of each pair.
+            number (`int`, *optional*, defaults to `0`):
+                Number of the draw, under the rules that draw: another number draws anew.
 
         Returns:
             [`DepthSelection`]: What is kept. Fewer pairs than the budget are kept only if fewer have a gradient.
@@ -307,10 +322,7 @@ class DepthSelector:
             x /= norms[rows, None].astype(x.dtype)
         n_clusters = None if self.n_clusters is None else min(self.n_clusters, len(rows))
         clustering = cluster(x, ids.tolist(), n_clusters, self.seed)
-        kept = nearest_to_centre(clustering, ids.tolist(), min(n_keep, len(rows)), self.scope, self.farthest)
-        if self.min_pairs_per_prompt > 0:
-            last = -clustering.distances if self.farthest else clustering.distances
-            kept = self._with_floor(kept, last, ids, np.asarray(prompt_ids)[rows])
+        kept = self._keep(x, clustering, ids.tolist(), np.asarray(prompt_ids)[rows], min(n_keep, len(rows)), number)
 
         selected = np.zeros(n, dtype=bool)
         clusters, ranks, distances = np.full(n, -1), np.full(n, -1), np.full(n, np.nan)
@@ -343,9 +355,27 @@ class DepthSelector:
             metrics["norm_kept_over_dropped"] = float(kept_norm / dropped_norm)
         return DepthSelection(selected, ranks, metrics, clusters=clusters, distances=distances)
 
+    def _keep(
+        self, x: np.ndarray, clustering: Clustering, ids: list[str], prompt_ids: np.ndarray, n_keep: int, number: int
+    ) -> np.ndarray:
+        if self.rule == "k_centre":
+            places = k_centre(x, ids, n_keep)
+            return self._with_floor(places < n_keep, places, ids, prompt_ids)
+        farthest = self.rule == "farthest"
+        kept = nearest_to_centre(clustering, ids, n_keep, self.scope, farthest)
+        kept = self._with_floor(kept, -clustering.distances if farthest else clustering.distances, ids, prompt_ids)
+        if self.rule == "random_like_nearest":
+            return draw_like(kept, ids, prompt_ids.tolist(), self.seed, number)
+        if self.rule == "random":
+            draws = draw_scores(ids, self.seed, number)
+            kept_of_cluster = np.bincount(clustering.labels, weights=kept)
+            kept = rank_in_groups(clustering.labels, draws, ids) < kept_of_cluster[clustering.labels]
+            return self._with_floor(kept, draws, ids, prompt_ids)
+        return kept
+
     def select_by_score(self, scores: np.ndarray, pair_ids: list[str], prompt_ids: list[str]) -> DepthSelection:
         """
-        Keep the pairs with the highest scores. `n_clusters`, `scope`, `farthest` and `normalize` play no part.
+        Keep the pairs with the highest scores. `n_clusters`, `scope`, `rule` and `normalize` play no part.
 
         Args:
             scores (`np.ndarray` of shape `(n,)`):
@@ -371,19 +401,20 @@ class DepthSelector:
         order = np.lexsort((ids, -scores[rows]))
         kept = np.zeros(len(rows), dtype=bool)
         kept[order[:n_keep]] = True
-        if self.min_pairs_per_prompt > 0:
-            kept = self._with_floor(kept, -scores[rows], ids, np.asarray(prompt_ids)[rows])
+        kept = self._with_floor(kept, -scores[rows], ids.tolist(), np.asarray(prompt_ids)[rows])
         selected, ranks = np.zeros(n, dtype=bool), np.full(n, -1)
         selected[rows] = kept
         ranks[rows[order]] = np.arange(len(rows))
         return DepthSelection(selected, ranks, _metrics(selected, prompt_ids, n - len(rows)), scores=scores)
 
     def _with_floor(
-        self, kept: np.ndarray, distances: np.ndarray, ids: np.ndarray, prompt_ids: np.ndarray
+        self, kept: np.ndarray, distances: np.ndarray, ids: list[str], prompt_ids: np.ndarray
     ) -> np.ndarray:
         # Every prompt first keeps its first pairs by `distances`. Whatever that adds to the selection is taken back from
         # the last pairs that no prompt needs, so that the budget holds exactly.
-        order = np.lexsort((ids, distances))
+        if self.min_pairs_per_prompt == 0:
+            return kept
+        order = np.lexsort((np.asarray(ids), distances))
         needed = np.zeros_like(kept)
         seen: dict[str, int] = {}
         for index in order:

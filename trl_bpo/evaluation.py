@@ -230,6 +230,7 @@ def evaluate_policy(
     processing_class: PreTrainedTokenizerBase,
     num_responses: int = 1,
     group_column: str | None = None,
+    batch_size: int = 8,
 ) -> PolicyReport:
     """
     Sample responses of a policy and report their scores, lengths, diversity and fluency.
@@ -253,6 +254,8 @@ def evaluate_policy(
             Number of responses for each prompt.
         group_column (`str`, *optional*):
             Column by whose values the report is broken down as well, in `groups`.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Number of responses in a forward pass of the base model.
 
     Returns:
         [`PolicyReport`]: The report.
@@ -278,6 +281,7 @@ def evaluate_policy(
                 processing_class,
                 [prompt for prompt, row in zip(prompts, texts, strict=True) for _ in row],
                 [text for row in texts for text in row],
+                batch_size,
                 tools=[prompt_tools for prompt_tools, row in zip(tools, texts, strict=True) for _ in row],
             )
         )

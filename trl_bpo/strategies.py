@@ -19,6 +19,9 @@ What measures depth: the values of `depth_strategy`. All but the first are there
 | --- | --- | --- |
 | `gradient` | whose gradients lie nearest to the centres of their clusters: BPO | yes |
 | `gradient_farthest` | whose gradients lie farthest from them | yes |
+| `gradient_random` | as many of each cluster as `gradient`, drawn at random, anew at each selection | yes |
+| `random_like_gradient` | drawn at random, anew at each selection, with the numbers of pairs a prompt of `gradient`, which fall to other prompts | yes |
+| `gradient_k_centre` | that cover the gradients: the one nearest to their mean, then always the one farthest from those kept | yes |
 | `gradient_norm` | with the largest gradient, as estimated from its projection | yes |
 | `loss` | with the highest loss | yes |
 | `implicit_reward_margin_high`, `_low` | with the highest or lowest margin of the implicit rewards, `beta` times the difference of the log-ratios of policy and reference | yes |
@@ -31,7 +34,8 @@ What measures depth: the values of `depth_strategy`. All but the first are there
 | `equal_per_prompt` | as many of each prompt, drawn at random once: the simple balance of breadth and depth | - |
 | `best_worst_per_prompt` | as many of each prompt, those with the highest `score_chosen - score_rejected` first | no |
 
-Each keeps exactly the budget. Clusters and `depth_scope` play a part in the strategies of gradients and embeddings only.
+Each keeps exactly the budget. Clusters play a part in the strategies of gradients and embeddings only, `depth_scope` in
+those but `gradient_k_centre`. The columns of clusters mean the same in each: see `trl_bpo/rules.py` for what is kept.
 """
 
 from typing import Any
@@ -41,13 +45,23 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 
 from .bpo_config import GRADIENT_STRATEGIES
+from .clustering import rank_in_groups
 from .embedding import embed_texts, require_sentence_transformers
 from .pool import PairPool
 from .prompts import render_prompt
+from .rules import draw_scores
 
 
 logger = get_logger(__name__)
 
+# What is kept of the strategies of clusters, by the `rule` of `DepthSelector`. Of the others it is the nearest.
+RULE_OF_STRATEGY = {
+    "gradient_farthest": "farthest",
+    "embedding_farthest": "farthest",
+    "gradient_random": "random",
+    "random_like_gradient": "random_like_nearest",
+    "gradient_k_centre": "k_centre",
+}
 _SCORE_COLUMNS = ("score_chosen", "score_rejected")
 
 
@@ -83,35 +97,11 @@ def check_strategy(strategy: str, pairs: Dataset) -> None:
             )
 
 
-def draw_scores(pair_ids: list[str], seed: int, number: int) -> np.ndarray:
-    """
-    Random scores that depend on the ids and not on the order of the pairs.
-
-    Args:
-        pair_ids (`list[str]`):
-            Ids of the pairs.
-        seed (`int`):
-            Seed of the run.
-        number (`int`):
-            Number of the draw.
-
-    Returns:
-        `np.ndarray` of shape `(n_pairs,)`: Scores in [0, 1).
-    """
-    scores = np.empty(len(pair_ids))
-    order = np.argsort(np.asarray(pair_ids), kind="stable")
-    scores[order] = np.random.default_rng([seed, number]).random(len(pair_ids))
-    return scores
-
-
 def _in_turns(scores: np.ndarray, pool: PairPool, seed: int) -> np.ndarray:
     # Scores under which every prompt gets its best pair before any gets its second best. Where the budget ends within a
     # turn, which prompts come first is drawn by prompt: by pair, those with many pairs would have many chances.
     distinct, prompts = np.unique(pool.prompt_ids, return_inverse=True)
-    order = np.lexsort((np.asarray(pool.pair_ids), -scores, prompts))
-    turns = np.empty(len(scores), dtype=np.int64)
-    turns[order] = np.arange(len(scores)) - np.searchsorted(prompts[order], prompts[order])
-    return draw_scores(distinct.tolist(), seed, 0)[prompts] - turns
+    return draw_scores(distinct.tolist(), seed, 0)[prompts] - rank_in_groups(prompts, -scores, pool.pair_ids)
 
 
 def _embed_pairs(batch: dict[str, list], encoder: str) -> dict[str, np.ndarray]:

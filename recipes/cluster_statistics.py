@@ -1,0 +1,285 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What a clustering of features is worth: the measures of `gradient_clusters.py`, each beside its null.
+
+Features and what is known of the rows in, one row of the table out, of the columns that `gradient_clusters.py` explains.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
+from sklearn.neighbors import NearestNeighbors
+
+from trl_bpo.clustering import Clustering, budget, cluster, gaussian_variance_explained, nearest_to_centre
+
+
+LENGTH_BINS = 4
+NEIGHBOURS = 5
+
+
+@dataclass(frozen=True)
+class Rows:
+    """
+    What is known of the rows beside their features.
+
+    Attributes:
+        ids (`np.ndarray` of shape `(n,)`):
+            Content hash of each row, which settles ties.
+        prompt_ids (`np.ndarray` of shape `(n,)`):
+            Prompt of each row.
+        lengths (`np.ndarray` of shape `(n,)`):
+            Tokens of the answers.
+        embeddings (`np.ndarray` of shape `(n, d)`):
+            Embedding of the text.
+        sources (`np.ndarray` of shape `(n,)`, *optional*):
+            Planted family of each row.
+        rules (`dict[str, np.ndarray]`):
+            Scores of plain rules, of which the highest are kept, beside those of length and norm.
+    """
+
+    ids: np.ndarray
+    prompt_ids: np.ndarray
+    lengths: np.ndarray
+    embeddings: np.ndarray
+    sources: np.ndarray | None = None
+    rules: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def take(self, rows: np.ndarray) -> "Rows":
+        """The same for some of the rows."""
+        return Rows(
+            self.ids[rows],
+            self.prompt_ids[rows],
+            self.lengths[rows],
+            self.embeddings[rows],
+            None if self.sources is None else self.sources[rows],
+            {name: scores[rows] for name, scores in self.rules.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """
+    Features, and how they are clustered.
+
+    Attributes:
+        name (`str`):
+            Name of the variant.
+        features (`np.ndarray` of shape `(n, d)`):
+            Feature of each row.
+        rows ([`Rows`]):
+            What is known of the rows.
+        normalize (`bool`, *optional*, defaults to `True`):
+            Whether features are scaled to unit length.
+        transform (`Callable`, *optional*):
+            From scaled features and the number of clusters to what is clustered. It may depend on inner products alone.
+        keep_largest (`bool`, *optional*, defaults to `False`):
+            Whether the longest features of each cluster are kept instead of those nearest to its centre.
+        one_a_prompt (`bool`, *optional*, defaults to `False`):
+            Whether one row a prompt is clustered, and the others go to the nearest centre.
+    """
+
+    name: str
+    features: np.ndarray
+    rows: Rows
+    normalize: bool = True
+    transform: Callable[[np.ndarray, int], np.ndarray] | None = None
+    keep_largest: bool = False
+    one_a_prompt: bool = False
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def principal_components(number: int) -> Callable[[np.ndarray, int], np.ndarray]:
+    def transform(x: np.ndarray, _: int) -> np.ndarray:
+        _, vectors = np.linalg.eigh(np.cov(x.T))
+        return (x - x.mean(axis=0)) @ vectors[:, -number:]
+
+    return transform
+
+
+def squared_cosines(x: np.ndarray, _: int) -> np.ndarray:
+    # Coordinates whose inner products are the squared cosines: a feature and its negative are the same.
+    values, vectors = np.linalg.eigh((x @ x.T) ** 2)
+    return vectors * np.sqrt(values.clip(min=0))
+
+
+def spectral(x: np.ndarray, n_clusters: int) -> np.ndarray:
+    # Spectral clustering on |cos|, after which K-means runs on the leading eigenvectors, row by row of unit length.
+    affinity = np.abs(x @ x.T)
+    np.fill_diagonal(affinity, 0)
+    root = 1 / np.sqrt(affinity.sum(axis=1))
+    _, vectors = np.linalg.eigh(affinity * np.outer(root, root))
+    return unit(vectors[:, -n_clusters:])
+
+
+def gaussian_like(x: np.ndarray) -> Callable[[np.random.Generator], np.ndarray]:
+    """
+    Draw Gaussian samples that have exactly the sample mean and the sample covariance of some rows.
+
+    Given both, the left singular vectors of a centred Gaussian sample are uniformly distributed over the orthonormal
+    ones. So rows that are Gaussian themselves cannot be told from a draw, whatever their covariance and their number.
+
+    Args:
+        x (`np.ndarray` of shape `(n, d)`):
+            The rows.
+
+    Returns:
+        `Callable`: From a random generator to a sample of the same shape.
+    """
+    mean = x.mean(axis=0)
+    values, vectors = np.linalg.eigh((x - mean).T @ (x - mean))
+    real = values > 1e-10 * values[-1]
+    axes = vectors[:, real] * np.sqrt(values[real])
+
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        normal = rng.standard_normal((len(x), axes.shape[1]))
+        orthonormal, _ = np.linalg.qr(normal - normal.mean(axis=0))
+        return orthonormal @ axes.T + mean
+
+    return draw
+
+
+def ranked(labels: np.ndarray, distances: np.ndarray, ids: np.ndarray, variance_explained: float) -> Clustering:
+    order = np.lexsort((ids, distances, labels))
+    ranks = np.empty(len(labels), dtype=np.int64)
+    ranks[order] = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
+    return Clustering(labels, distances, ranks, variance_explained)
+
+
+def fit(variant: Variant, x: np.ndarray, norms: np.ndarray, n_clusters: int, seed: int) -> Clustering:
+    ids = variant.rows.ids
+    if variant.one_a_prompt:
+        _, first = np.unique(variant.rows.prompt_ids, return_index=True)
+        few = cluster(x[first], ids[first].tolist(), n_clusters, seed)
+        centres = np.stack([x[first][few.labels == label].mean(axis=0) for label in np.unique(few.labels)])
+        squares = (x**2).sum(axis=1)[:, None] - 2 * x @ centres.T + (centres**2).sum(axis=1)
+        distances = np.sqrt(squares.min(axis=1).clip(min=0))
+        return ranked(squares.argmin(axis=1), distances, ids, few.variance_explained)
+    clustering = cluster(x, ids.tolist(), n_clusters, seed)
+    if variant.keep_largest:
+        return ranked(clustering.labels, -norms, ids, clustering.variance_explained)
+    return clustering
+
+
+def jaccard(first: np.ndarray, second: np.ndarray) -> float:
+    return float((first & second).sum() / (first | second).sum())
+
+
+def highest(scores: np.ndarray, number: int) -> np.ndarray:
+    selected = np.zeros(len(scores), dtype=bool)
+    selected[np.argsort(-scores, kind="stable")[:number]] = True
+    return selected
+
+
+def neighbours_agree(x: np.ndarray, sources: np.ndarray) -> float:
+    families, own = np.unique(sources, return_inverse=True)
+    nearest = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(x).kneighbors(return_distance=False)
+    votes = np.stack([(own[nearest] == family).sum(axis=1) for family in range(len(families))], axis=1)
+    return float((votes.argmax(axis=1) == own).mean())
+
+
+def evaluate(
+    variant: Variant, clusters: list[int], *, fraction: float = 0.25, seeds: int = 5, draws: int = 5, seed: int = 42
+) -> list[dict[str, Any]]:
+    """
+    Measure the clusters of a variant, beside a Gaussian with the same mean and covariance through the same steps.
+
+    Rows whose feature is zero or not finite are left out and counted.
+
+    Args:
+        variant ([`Variant`]):
+            The variant.
+        clusters (`list[int]`):
+            Numbers of clusters.
+        fraction (`float`, *optional*, defaults to `0.25`):
+            Fraction of the rows to keep.
+        seeds (`int`, *optional*, defaults to `5`):
+            Seeds of K-means, at least 2.
+        draws (`int`, *optional*, defaults to `5`):
+            Draws of the Gaussian, each clustered with two seeds.
+        seed (`int`, *optional*, defaults to `42`):
+            First of the seeds.
+
+    Returns:
+        `list[dict[str, Any]]`: One row for each number of clusters: means, and under `*_sd` their standard deviations
+        over seeds or draws.
+    """
+    norms = np.linalg.norm(variant.features.astype(np.float64), axis=1)
+    good = np.isfinite(norms) & (norms > 0)
+    rows, norms = variant.rows.take(good), norms[good]
+    variant = Variant(**{**vars(variant), "rows": rows})
+    features = variant.features[good].astype(np.float64)
+    x = features / norms[:, None] if variant.normalize else features
+    if x.shape[1] > len(x):
+        # K-means and all transforms depend on inner products alone, and these need no more dimensions than rows.
+        x = np.linalg.qr(x.T, mode="r").T
+    draw = gaussian_like(x)
+    samples = [draw(np.random.default_rng([seed, number])) for number in range(draws)]
+    samples = [unit(sample) for sample in samples] if variant.normalize else samples
+
+    n_keep = budget(fraction, len(x))
+    rules = {"smallest_norm": -norms, "shortest": -rows.lengths, "longest": rows.lengths, **rows.rules}
+    inner = np.quantile(rows.lengths, np.arange(1, LENGTH_BINS) / LENGTH_BINS)
+    length_bins = np.searchsorted(inner, rows.lengths)
+
+    table = []
+    for n_clusters in clusters:
+
+        def look(points: np.ndarray, first: int, number: int) -> tuple[list[Clustering], list[np.ndarray], np.ndarray]:
+            if variant.transform is not None:
+                points = variant.transform(points, n_clusters)  # noqa: B023
+            fits = [fit(variant, points, norms, n_clusters, first + i) for i in range(number)]  # noqa: B023
+            return fits, [nearest_to_centre(f, rows.ids.tolist(), n_keep) for f in fits], points
+
+        fits, kept, points = look(x, seed, seeds)
+        null = [look(sample, seed + 2 * number, 2)[:2] for number, sample in enumerate(samples)]
+        by_mean = -np.linalg.norm(points - points.mean(axis=0), axis=1)
+        embedding_labels = cluster(rows.embeddings, rows.ids.tolist(), n_clusters, seed).labels
+        values: dict[str, list[float]] = {
+            "ve": [f.variance_explained for f in fits],
+            "ve_null": [np.mean([f.variance_explained for f in of_one]) for of_one, _ in null],
+            "jaccard": [jaccard(a, b) for a, b in combinations(kept, 2)],
+            "jaccard_null": [jaccard(*of_one) for _, of_one in null],
+            "ami_embedding": [adjusted_mutual_info_score(embedding_labels, f.labels) for f in fits],
+            "ami_length": [adjusted_mutual_info_score(length_bins, f.labels) for f in fits],
+        }
+        if variant.transform is None and not variant.one_a_prompt:
+            values["ve_redrawn"] = [
+                gaussian_variance_explained(x, rows.ids.tolist(), n_clusters, seed + i, variant.normalize)
+                for i in range(2)
+            ]
+        if rows.sources is not None:
+            values["ami_source"] = [adjusted_mutual_info_score(rows.sources, f.labels) for f in fits]
+            values["ari"] = [adjusted_rand_score(rows.sources, f.labels) for f in fits]
+        for name, scores in {**rules, "nearest_to_mean": by_mean}.items():
+            values[f"in_{name}"] = [float(k[highest(scores, n_keep)].sum() / n_keep) for k in kept]
+        row: dict[str, Any] = {"variant": variant.name, "n": len(x), "left_out": int((~good).sum())}
+        row |= {"dim": variant.features.shape[1], "clusters": n_clusters, "fraction": fraction}
+        for name, list_of in values.items():
+            row |= {name: float(np.mean(list_of)), f"{name}_sd": float(np.std(list_of, ddof=1))}
+        row["z"] = (row["ve"] - row["ve_null"]) / max(row["ve_null_sd"], 1e-12)
+        row["jaccard_chance"] = fraction / (2 - fraction)
+        if rows.sources is not None:
+            row["knn"] = neighbours_agree(points, rows.sources)
+            row["knn_chance"] = float(np.unique(rows.sources, return_counts=True)[1].max() / len(x))
+        table.append(row)
+    return table
