@@ -27,7 +27,7 @@ import numpy as np
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
 
-from trl_bpo.clustering import Clustering, budget, cluster, gaussian_variance_explained, nearest_to_centre
+from trl_bpo.clustering import Clustering, budget, cluster, nearest_to_centre, rank_in_groups
 
 
 LENGTH_BINS = 4
@@ -158,11 +158,14 @@ def gaussian_like(x: np.ndarray) -> Callable[[np.random.Generator], np.ndarray]:
     return draw
 
 
+def redrawn(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    # Has the covariance of the rows on average, and around it one of its own.
+    mean = x.mean(axis=0)
+    return rng.standard_normal((len(x), len(x))) @ (x - mean) / np.sqrt(len(x)) + mean
+
+
 def ranked(labels: np.ndarray, distances: np.ndarray, ids: np.ndarray, variance_explained: float) -> Clustering:
-    order = np.lexsort((ids, distances, labels))
-    ranks = np.empty(len(labels), dtype=np.int64)
-    ranks[order] = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
-    return Clustering(labels, distances, ranks, variance_explained)
+    return Clustering(labels, distances, rank_in_groups(labels, distances, ids.tolist()), variance_explained)
 
 
 def fit(variant: Variant, x: np.ndarray, norms: np.ndarray, n_clusters: int, seed: int) -> Clustering:
@@ -234,7 +237,9 @@ def evaluate(
         x = np.linalg.qr(x.T, mode="r").T
     draw = gaussian_like(x)
     samples = [draw(np.random.default_rng([seed, number])) for number in range(draws)]
-    samples = [unit(sample) for sample in samples] if variant.normalize else samples
+    again = redrawn(x, np.random.default_rng(seed))
+    if variant.normalize:
+        samples, again = [unit(sample) for sample in samples], unit(again)
 
     n_keep = budget(fraction, len(x))
     rules = {"smallest_norm": -norms, "shortest": -rows.lengths, "longest": rows.lengths, **rows.rules}
@@ -257,16 +262,12 @@ def evaluate(
         values: dict[str, list[float]] = {
             "ve": [f.variance_explained for f in fits],
             "ve_null": [np.mean([f.variance_explained for f in of_one]) for of_one, _ in null],
+            "ve_redrawn": [f.variance_explained for f in look(again, seed, 2)[0]],
             "jaccard": [jaccard(a, b) for a, b in combinations(kept, 2)],
             "jaccard_null": [jaccard(*of_one) for _, of_one in null],
             "ami_embedding": [adjusted_mutual_info_score(embedding_labels, f.labels) for f in fits],
             "ami_length": [adjusted_mutual_info_score(length_bins, f.labels) for f in fits],
         }
-        if variant.transform is None and not variant.one_a_prompt:
-            values["ve_redrawn"] = [
-                gaussian_variance_explained(x, rows.ids.tolist(), n_clusters, seed + i, variant.normalize)
-                for i in range(2)
-            ]
         if rows.sources is not None:
             values["ami_source"] = [adjusted_mutual_info_score(rows.sources, f.labels) for f in fits]
             values["ari"] = [adjusted_rand_score(rows.sources, f.labels) for f in fits]

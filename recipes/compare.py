@@ -241,7 +241,8 @@ def run_all(script_args: CompareArguments, training_args: Any, model_args: Any) 
                     partial.write_text(json.dumps({**record, **about}) + "\n")
                     partial.replace(path)
                     print(
-                        f"{time.strftime('%H:%M:%S')} {slug}: {record['score']:.3f} in {record['seconds']} s", flush=True
+                        f"{time.strftime('%H:%M:%S')} {slug}: {record['score']:.3f} in {record['seconds']} s",
+                        flush=True,
                     )
             except Timeout:
                 # Another process is at it. Its result is needed at the end, and it may be killed before it has one.
@@ -285,6 +286,8 @@ def report(script_args: CompareArguments, output_dir: str) -> None:
             script_args.baseline,
             preregistered_label=preregistered,
             preregistered_budget=main_budget if preregistered else None,
+            # Holm multiplies the smallest p-value, which is one over the resamples, by the number of arms.
+            num_resamples=100_000,
         )
         texts.append(contrast_table(summaries, script_args.baseline))
     text = "\n\n".join(texts) + "\n"

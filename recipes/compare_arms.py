@@ -132,7 +132,9 @@ def parse_arm(label: str, training_args: Any) -> Arm:
                 f"{', '.join(_OWN_OPTIONS)}."
             )
         # Spaces part the options, so a matched arm is written with underscores for its own.
-        options[key] = value.replace("_", " ") if key == "match_compute" and value not in ARMS else yaml.safe_load(value)
+        options[key] = (
+            value.replace("_", " ") if key == "match_compute" and value not in ARMS else yaml.safe_load(value)
+        )
     label = " ".join([name, *(part for part in parts if not part.startswith("fraction="))])
     return Arm(label, name, options)
 
@@ -365,7 +367,8 @@ def run_arm(
         "interval": list(bootstrap_interval(usable)),
         "prompt_scores": primary.prompt_scores,
         "groups": {
-            name: {"score": group.score_mean, "num_prompts": group.num_prompts} for name, group in report.groups.items()
+            name: {"score": group.score_mean, "num_prompts": group.num_prompts}
+            for name, group in report.groups.items()
         },
         "length_mean": primary.length_mean,
         "distinct_1": primary.distinct_1,

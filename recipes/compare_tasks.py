@@ -86,7 +86,14 @@ def _tiny(args: Any, model_args: Any, folder: Path) -> Task:
         build_policy(model, make_demonstrations(args.num_demonstrations, seed=4, without=without))
     judge = VerifiableJudge()
     return Task(
-        str(model), "tiny-llama-0.7M", prompts, Dataset.from_list(rows), "families trained on", judge, judge, encoder_path()
+        str(model),
+        "tiny-llama-0.7M",
+        prompts,
+        Dataset.from_list(rows),
+        "families trained on",
+        judge,
+        judge,
+        encoder_path(),
     )
 
 
@@ -170,7 +177,9 @@ def load_policy(task: Task) -> tuple[Any, Any]:
     return policy, AutoTokenizer.from_pretrained(task.model)
 
 
-def make_generator(model: Any, tokenizer: Any, args: Any, seed: int, cache_dir: str | None = None) -> TransformersGenerator:
+def make_generator(
+    model: Any, tokenizer: Any, args: Any, seed: int, cache_dir: str | None = None
+) -> TransformersGenerator:
     """
     What samples a policy, for candidates and for evaluation alike.
 

@@ -46,9 +46,9 @@ A run that was stopped goes on from what lies in `output_dir`, which holds for e
 
 The Gaussian is drawn given its sample mean and covariance: the left singular vectors of the features are replaced by
 random orthonormal ones. For features that are Gaussian that is their own distribution, whatever their covariance, so that
-`ve` and `ve_null` agree. `ve_redrawn` is what `gaussian_variance_explained` gives, which draws from the sample covariance:
-its sample has a covariance of its own, more uneven than that of the features, and unless there are many more rows
-than dimensions K-means explains more of it, even where the features are Gaussian.
+`ve` and `ve_null` agree. `ve_redrawn` is a sample that is drawn from the sample covariance instead. It has a covariance of
+its own, more uneven than that of the features, so that K-means explains more of it even where the features are Gaussian,
+unless there are many more rows than dimensions.
 
 What the folder has to hold, as JSON lines (`.jsonl` or `.jsonl.gz`):
 

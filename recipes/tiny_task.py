@@ -64,11 +64,28 @@ TRAINED = (
 # An instruction about words goes together with one about form.
 _WORDY = ("required_words", "forbidden_words")
 _COMBINED = (
-    *("bullet_list", "numbered_list", "sentence_count", "paragraph_count", "postscript", "uppercase", "quoted", "title"),
+    *(
+        "bullet_list",
+        "numbered_list",
+        "sentence_count",
+        "paragraph_count",
+        "postscript",
+        "uppercase",
+        "quoted",
+        "title",
+    ),
     *("placeholders", "answer_line"),
 )
 _ASKS = (
-    *("List {}.", "Name some {}.", "Give me {}.", "Which {} do you know?", "I need {}.", "Tell me {}.", "Write down {}."),
+    *(
+        "List {}.",
+        "Name some {}.",
+        "Give me {}.",
+        "Which {} do you know?",
+        "I need {}.",
+        "Tell me {}.",
+        "Write down {}.",
+    ),
     "What {} are there?",
 )
 _HONOURED = 0.5
@@ -183,7 +200,9 @@ def _demonstration(row: dict[str, Any], rng: random.Random) -> str:
     }.get(kind, text)
 
 
-def make_prompts(num_prompts: int, kinds: tuple[str, ...], zipf: bool, seed: int, without: Collection[str] = ()) -> Dataset:
+def make_prompts(
+    num_prompts: int, kinds: tuple[str, ...], zipf: bool, seed: int, without: Collection[str] = ()
+) -> Dataset:
     """
     Draw distinct prompts.
 

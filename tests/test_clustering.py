@@ -260,3 +260,15 @@ def test_row_order_does_not_matter_to_the_farthest(scope):
     order = rng.permutation(60)
     again = cluster(features[order], ids[order].tolist(), 5)
     assert set(ids[order][nearest_to_centre(again, ids[order].tolist(), 20, scope, farthest=True)]) == kept
+
+
+def test_gaussian_features_explain_no_more_and_no_less_than_their_gaussian():
+    # Fewer rows than dimensions, and uneven variances: a sample with a covariance of its own would explain more.
+    rng = np.random.default_rng(0)
+    features, null = [], []
+    for seed in range(12):
+        x = rng.standard_normal((80, 200)) * np.linspace(0.2, 2.0, 200)
+        features.append(cluster(x, ids_of(80), 6, seed).variance_explained)
+        null.append(gaussian_variance_explained(x, ids_of(80), 6, seed, normalize=False))
+    difference = np.subtract(features, null)
+    assert abs(difference.mean()) < 3 * difference.std(ddof=1) / np.sqrt(12)

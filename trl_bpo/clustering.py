@@ -251,10 +251,14 @@ def gaussian_variance_explained(
     features: np.ndarray, ids: Sequence[str], n_clusters: int, seed: int = 42, normalize: bool = True
 ) -> float:
     """
-    Variance that K-means explains of a Gaussian sample with the mean and covariance of the features.
+    Variance that K-means explains of a Gaussian sample with exactly the sample mean and covariance of the features.
 
     K-means explains some variance of any cloud of points. Clusters are structure beyond the covariance only where the
-    variance explained of the features exceeds this one. Memory: one `(n, n)` matrix of normal numbers.
+    variance explained of the features exceeds this one. The sample is the features under a random rotation of the rows:
+    given mean and covariance, the left singular vectors of a Gaussian sample are uniformly distributed, so that Gaussian
+    features cannot be told from it. (A sample drawn afresh from the covariance would have one of its own, more uneven
+    than that of the features unless there are many more rows than dimensions, and K-means would explain more of it.)
+    Memory: two `(n, n)` matrices.
 
     Args:
         features (`np.ndarray` of shape `(n, d)`):
@@ -274,9 +278,11 @@ def gaussian_variance_explained(
     _, features = _sorted_by_id(np.asarray(features, dtype=np.float64), ids)
     n = len(features)
     mean = features.mean(axis=0)
-    # W (X - mean) / sqrt(n) with W standard normal has the covariance of X without ever forming the d x d matrix.
     with threadpool_limits(limits=1):
-        sample = np.random.default_rng(seed).standard_normal((n, n)) @ (features - mean) / np.sqrt(n) + mean
+        rotation, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))
+        sample = rotation @ (features - mean)
+        # The rotation moves the mean a little.
+        sample += mean - sample.mean(axis=0)
     if normalize:
         sample /= np.maximum(np.linalg.norm(sample, axis=1, keepdims=True), np.finfo(np.float64).tiny)
     return _fit(sample, n_clusters, seed)[2]

@@ -98,8 +98,8 @@ class PowerVerdict:
         passes (`bool`):
             Whether the ratio reaches the threshold.
         flipped ([`~bootstrap.Contrast`], *optional*):
-            Difference of training on pairs with chosen and rejected swapped to random selection; a task that measures
-            preferences has it below 0.
+            Difference of training on all pairs with chosen and rejected swapped to not training on any; a task that
+            measures preferences has it below 0.
     """
 
     gain: Contrast
@@ -269,7 +269,7 @@ def power_verdict(
         random_label (`str`):
             Label of random selection, with at least two seeds.
         flipped_label (`str`, *optional*):
-            Label of training on swapped pairs, at the budget of random selection.
+            Label of training on all pairs with chosen and rejected swapped, which must hurt.
         budget (`int`, *optional*):
             Budget of random selection. Needed if it has several.
         threshold (`float`, *optional*, defaults to `3.0`):
@@ -303,6 +303,8 @@ def power_verdict(
     gain = contrast(_key(cells, full_label, None, "full_label"), _key(cells, sft_label, None, "sft_label"))
     flipped = None
     if flipped_label is not None:
-        flipped = contrast(_key(cells, flipped_label, random[1], "flipped_label"), random)
+        flipped = contrast(
+            _key(cells, flipped_label, None, "flipped_label"), _key(cells, sft_label, None, "sft_label")
+        )
     ratio = gain.mean / deviation if deviation else math.copysign(math.inf, gain.mean)
     return PowerVerdict(gain=gain, deviation=deviation, ratio=ratio, passes=ratio >= threshold, flipped=flipped)
