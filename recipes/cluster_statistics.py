@@ -19,7 +19,7 @@ Features and what is known of the rows in, one row of the table out, of the colu
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -200,8 +200,46 @@ def neighbours_agree(x: np.ndarray, sources: np.ndarray) -> float:
     return float((votes.argmax(axis=1) == own).mean())
 
 
+def prepare(variant: Variant) -> tuple[Variant, np.ndarray, int]:
+    # Scaled, of no more dimensions than rows: K-means and the transforms depend on inner products alone. With the norms
+    # before, and how many rows were left out.
+    norms = np.linalg.norm(variant.features.astype(np.float64), axis=1)
+    good = np.isfinite(norms) & (norms > 0)
+    x = variant.features[good].astype(np.float64)
+    x = unit(x) if variant.normalize else x
+    x = np.linalg.qr(x.T, mode="r").T if x.shape[1] > len(x) else x
+    return replace(variant, features=x, rows=variant.rows.take(good)), norms[good], int((~good).sum())
+
+
+@dataclass(frozen=True)
+class Fits:
+    points: np.ndarray
+    clusterings: list[Clustering]
+    kept: list[np.ndarray]
+
+    @property
+    def variance_explained(self) -> list[float]:
+        return [clustering.variance_explained for clustering in self.clusterings]
+
+    @property
+    def jaccards(self) -> list[float]:
+        return [jaccard(a, b) for a, b in combinations(self.kept, 2)]
+
+    def scores(self, score: Callable[[np.ndarray, np.ndarray], float], labels: np.ndarray) -> list[float]:
+        return [score(labels, clustering.labels) for clustering in self.clusterings]
+
+
+def cluster_and_keep(
+    variant: Variant, x: np.ndarray, norms: np.ndarray, n_clusters: int, n_keep: int, seeds: range
+) -> Fits:
+    points = x if variant.transform is None else variant.transform(x, n_clusters)
+    clusterings = [fit(variant, points, norms, n_clusters, seed) for seed in seeds]
+    ids = variant.rows.ids.tolist()
+    return Fits(points, clusterings, [nearest_to_centre(clustering, ids, n_keep) for clustering in clusterings])
+
+
 def evaluate(
-    variant: Variant, clusters: list[int], *, fraction: float = 0.25, seeds: int = 5, draws: int = 5, seed: int = 42
+    variant: Variant, clusters: list[int], *, fraction: float = 0.25, seeds: int = 5, draws: int = 10, seed: int = 42
 ) -> list[dict[str, Any]]:
     """
     Measure the clusters of a variant, beside a Gaussian with the same mean and covariance through the same steps.
@@ -217,8 +255,8 @@ def evaluate(
             Fraction of the rows to keep.
         seeds (`int`, *optional*, defaults to `5`):
             Seeds of K-means, at least 2.
-        draws (`int`, *optional*, defaults to `5`):
-            Draws of the Gaussian, each clustered with two seeds.
+        draws (`int`, *optional*, defaults to `10`):
+            Draws of the Gaussian, at least 2, each clustered with two seeds.
         seed (`int`, *optional*, defaults to `42`):
             First of the seeds.
 
@@ -226,61 +264,46 @@ def evaluate(
         `list[dict[str, Any]]`: One row for each number of clusters: means, and under `*_sd` their standard deviations
         over seeds or draws.
     """
-    norms = np.linalg.norm(variant.features.astype(np.float64), axis=1)
-    good = np.isfinite(norms) & (norms > 0)
-    rows, norms = variant.rows.take(good), norms[good]
-    variant = Variant(**{**vars(variant), "rows": rows})
-    features = variant.features[good].astype(np.float64)
-    x = features / norms[:, None] if variant.normalize else features
-    if x.shape[1] > len(x):
-        # K-means and all transforms depend on inner products alone, and these need no more dimensions than rows.
-        x = np.linalg.qr(x.T, mode="r").T
+    dim = variant.features.shape[1]
+    variant, norms, left_out = prepare(variant)
+    x, rows, n = variant.features, variant.rows, len(norms)
     draw = gaussian_like(x)
     samples = [draw(np.random.default_rng([seed, number])) for number in range(draws)]
-    again = redrawn(x, np.random.default_rng(seed))
-    if variant.normalize:
-        samples, again = [unit(sample) for sample in samples], unit(again)
+    samples.append(redrawn(x, np.random.default_rng(seed)))
+    samples = [unit(sample) for sample in samples] if variant.normalize else samples
 
-    n_keep = budget(fraction, len(x))
+    n_keep = budget(fraction, n)
     rules = {"smallest_norm": -norms, "shortest": -rows.lengths, "longest": rows.lengths, **rows.rules}
-    inner = np.quantile(rows.lengths, np.arange(1, LENGTH_BINS) / LENGTH_BINS)
-    length_bins = np.searchsorted(inner, rows.lengths)
+    edges = np.quantile(rows.lengths, np.arange(1, LENGTH_BINS) / LENGTH_BINS)
+    bins = np.searchsorted(edges, rows.lengths)
 
     table = []
-    for n_clusters in clusters:
-
-        def look(points: np.ndarray, first: int, number: int) -> tuple[list[Clustering], list[np.ndarray], np.ndarray]:
-            if variant.transform is not None:
-                points = variant.transform(points, n_clusters)  # noqa: B023
-            fits = [fit(variant, points, norms, n_clusters, first + i) for i in range(number)]  # noqa: B023
-            return fits, [nearest_to_centre(f, rows.ids.tolist(), n_keep) for f in fits], points
-
-        fits, kept, points = look(x, seed, seeds)
-        null = [look(sample, seed + 2 * number, 2)[:2] for number, sample in enumerate(samples)]
-        by_mean = -np.linalg.norm(points - points.mean(axis=0), axis=1)
-        embedding_labels = cluster(rows.embeddings, rows.ids.tolist(), n_clusters, seed).labels
-        values: dict[str, list[float]] = {
-            "ve": [f.variance_explained for f in fits],
-            "ve_null": [np.mean([f.variance_explained for f in of_one]) for of_one, _ in null],
-            "ve_redrawn": [f.variance_explained for f in look(again, seed, 2)[0]],
-            "jaccard": [jaccard(a, b) for a, b in combinations(kept, 2)],
-            "jaccard_null": [jaccard(*of_one) for _, of_one in null],
-            "ami_embedding": [adjusted_mutual_info_score(embedding_labels, f.labels) for f in fits],
-            "ami_length": [adjusted_mutual_info_score(length_bins, f.labels) for f in fits],
+    for k in clusters:
+        fits = cluster_and_keep(variant, x, norms, k, n_keep, range(seed, seed + seeds))
+        *null, again = [cluster_and_keep(variant, s, norms, k, n_keep, range(seed, seed + 2)) for s in samples]
+        by_mean = -np.linalg.norm(fits.points - fits.points.mean(axis=0), axis=1)
+        values = {
+            "ve": fits.variance_explained,
+            "ve_null": [np.mean(sample.variance_explained) for sample in null],
+            "ve_redrawn": again.variance_explained,
+            "jaccard": fits.jaccards,
+            "jaccard_null": [sample.jaccards[0] for sample in null],
+            "ami_length": fits.scores(adjusted_mutual_info_score, bins),
         }
+        by_text = cluster(rows.embeddings, rows.ids.tolist(), k, seed).labels
+        values["ami_embedding"] = fits.scores(adjusted_mutual_info_score, by_text)
         if rows.sources is not None:
-            values["ami_source"] = [adjusted_mutual_info_score(rows.sources, f.labels) for f in fits]
-            values["ari"] = [adjusted_rand_score(rows.sources, f.labels) for f in fits]
+            values["ami_source"] = fits.scores(adjusted_mutual_info_score, rows.sources)
+            values["ari"] = fits.scores(adjusted_rand_score, rows.sources)
         for name, scores in {**rules, "nearest_to_mean": by_mean}.items():
-            values[f"in_{name}"] = [float(k[highest(scores, n_keep)].sum() / n_keep) for k in kept]
-        row: dict[str, Any] = {"variant": variant.name, "n": len(x), "left_out": int((~good).sum())}
-        row |= {"dim": variant.features.shape[1], "clusters": n_clusters, "fraction": fraction}
-        for name, list_of in values.items():
-            row |= {name: float(np.mean(list_of)), f"{name}_sd": float(np.std(list_of, ddof=1))}
+            values[f"in_{name}"] = [kept[highest(scores, n_keep)].sum() / n_keep for kept in fits.kept]
+        row: dict[str, Any] = {"variant": variant.name, "n": n, "left_out": left_out, "dim": dim, "clusters": k}
+        for name, measured in values.items():
+            row |= {name: float(np.mean(measured)), f"{name}_sd": float(np.std(measured, ddof=1))}
         row["z"] = (row["ve"] - row["ve_null"]) / max(row["ve_null_sd"], 1e-12)
         row["jaccard_chance"] = fraction / (2 - fraction)
         if rows.sources is not None:
-            row["knn"] = neighbours_agree(points, rows.sources)
-            row["knn_chance"] = float(np.unique(rows.sources, return_counts=True)[1].max() / len(x))
+            row["knn"] = neighbours_agree(fits.points, rows.sources)
+            row["knn_chance"] = float(np.unique(rows.sources, return_counts=True)[1].max() / n)
         table.append(row)
     return table

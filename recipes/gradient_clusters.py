@@ -156,7 +156,7 @@ class StudyArguments:
         metadata={"help": "Numbers of clusters, beside the default of round(sqrt(n / 2))."},
     )
     kmeans_seeds: int = field(default=5, metadata={"help": "Seeds of K-means."})
-    draws: int = field(default=5, metadata={"help": "Draws of the Gaussian, with two seeds of K-means each."})
+    draws: int = field(default=10, metadata={"help": "Draws of the Gaussian, with two seeds of K-means each."})
     variants: list[str] | None = field(
         default=None, metadata={"help": "Names of the variants to study. If None, all."}
     )
