@@ -37,18 +37,18 @@ A run that was stopped goes on from what lies in `output_dir`, which holds for e
 
 | column | what | by chance |
 | --- | --- | --- |
-| `ve` | variance that K-means explains | `ve_null`: a Gaussian with exactly that mean and covariance; `z` counts its standard deviations |
+| `ve` | variance that K-means explains | `ve_null`: a Gaussian with that mean and covariance; `z` counts its standard deviations |
 | `jaccard` | agreement of what two K-means seeds keep | `jaccard_null`: the same of that Gaussian; of random draws `fraction / (2 - fraction)` |
 | `in_*` | share of the kept that a plain rule with the same budget keeps | `fraction` |
 | `ami_*` | adjusted mutual information of the clusters with those of embeddings, with bins of length, and with the families | 0 |
 | `ari` | adjusted Rand index of the clusters and the planted families | 0 |
 | `knn` | share of rows whose family most of the five nearest neighbours have | `knn_chance`, the largest family |
 
-The Gaussian is drawn given its sample mean and covariance: the left singular vectors of the features are replaced by
-random orthonormal ones. For features that are Gaussian that is their own distribution, whatever their covariance, so that
-`ve` and `ve_null` agree. `ve_redrawn` is a sample that is drawn from the sample covariance instead. It has a covariance of
-its own, more uneven than that of the features, so that K-means explains more of it even where the features are Gaussian,
-unless there are many more rows than dimensions.
+The Gaussian is drawn given its sample mean and covariance (see `gaussian_like`), and its covariance is that after features
+were scaled to unit length. So `ve` and `ve_null` agree for features that are Gaussian, or Gaussian but for their length.
+`ve_redrawn` is a sample that is drawn from the sample covariance instead, and then scaled. It has a covariance of its own,
+more uneven than that of the features, so that K-means explains more of it even where the features are Gaussian, unless
+there are many more rows than dimensions.
 
 What the folder has to hold, as JSON lines (`.jsonl` or `.jsonl.gz`):
 
