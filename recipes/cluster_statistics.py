@@ -272,7 +272,7 @@ def evaluate(
         fraction (`float`, *optional*, defaults to `0.25`):
             Fraction of the rows to keep.
         seeds (`int`, *optional*, defaults to `5`):
-            Seeds of K-means, at least 2.
+            Seeds of K-means, at least 3.
         draws (`int`, *optional*, defaults to `10`):
             Draws of the Gaussian, at least 2, each clustered with two seeds.
         seed (`int`, *optional*, defaults to `42`):

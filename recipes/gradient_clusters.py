@@ -170,6 +170,8 @@ class StudyArguments:
             raise ValueError(
                 "Give one of `dataset` and `data_dir`: preference pairs, or the folder of the task families."
             )
+        if self.kmeans_seeds < 3 or self.draws < 2:
+            raise ValueError("`kmeans_seeds` must be at least 3 and `draws` at least 2, or nothing has a spread.")
         if self.sketch_dim % self.dim:
             raise ValueError(
                 f"`dim={self.dim}` must divide `sketch_dim={self.sketch_dim}`, or a sketch cannot be folded."
@@ -534,6 +536,8 @@ def variants(sketches: np.ndarray, meta: Dataset, embeddings: np.ndarray, dim: i
         for kind, x in base.items():
             yield Variant(f"{kind}, {number} components", x, rows, transform=principal_components(number))
     for number, part in enumerate(PARTS):
+        if not sketches[:, number].any():
+            continue  # The model has fewer layers than parts.
         for kind in COMBINATIONS:
             yield Variant(f"{kind}, {part} third of layers", features(kind, sketches[:, number]), rows)
     for to in (256, 512, 1024, 2048, 4096, 8192):
