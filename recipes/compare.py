@@ -252,21 +252,26 @@ def run_all(script_args: CompareArguments, training_args: Any, model_args: Any) 
             time.sleep(2)
 
 
-def report(script_args: CompareArguments, output_dir: str) -> None:
+def report(script_args: CompareArguments, training_args: Any) -> None:
     """
-    Write the list of runs, the tables and the pictures.
+    Write the list of runs, the tables and the pictures, of the arms that were asked for.
 
     Args:
         script_args ([`CompareArguments`]):
             Arguments of the script.
-        output_dir (`str`):
-            Folder with the runs.
+        training_args ([`~trl_bpo.BPOConfig`]):
+            What all arms share; its `output_dir` has the runs.
     """
+    from compare_arms import parse_arm
+
     from trl_bpo.comparison import power_verdict, summarize
     from trl_bpo.comparison_report import contrast_table, plot_contrasts, plot_curves
     from trl_bpo.runs import save_runs
 
-    runs = [json.loads(path.read_text()) for path in sorted(Path(output_dir, "runs").glob("*.json"))]
+    output_dir = training_args.output_dir
+    slugs = {parse_arm(label, training_args).slug for label in script_args.arms}
+    paths = sorted(Path(output_dir, "runs").glob("*.json"))
+    runs = [json.loads(path.read_text()) for path in paths if path.stem.rpartition("-seed")[0] in slugs]
     if not runs:
         raise ValueError(f"There is no run in {output_dir}/runs yet.")
     main_budget = next(
@@ -318,7 +323,7 @@ def main(script_args: CompareArguments, training_args: Any, model_args: Any) -> 
             helper.wait()
         if script_args.num_workers == 0:
             return
-    report(script_args, training_args.output_dir)
+    report(script_args, training_args)
 
 
 def make_parser() -> Any:

@@ -72,7 +72,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from cluster_statistics import Rows, Variant, evaluate, principal_components, spectral, squared_cosines
+from cluster_statistics import Rows, Variant, evaluate, principal_components, spectral, squared_cosines, unit
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -544,8 +544,17 @@ def variants(sketches: np.ndarray, meta: Dataset, embeddings: np.ndarray, dim: i
         for kind in ("pair", "sum"):
             if to != dim and sketches.shape[-1] % to == 0:
                 yield Variant(f"{kind}, {to} dimensions", features(kind, whole, to), rows)
+    if rows.sources is not None:
+        some = np.flatnonzero(np.all([x.any(axis=1) for x in base.values()], axis=0))
+        _, own, sizes = np.unique(rows.sources[some], return_inverse=True, return_counts=True)
+        for kind, x in base.items():
+            # What structure is left where all pairs are of one family, as in most preference data.
+            x = unit(x[some])
+            means = np.eye(len(sizes))[own].T @ x / sizes[:, None]
+            yield Variant(f"{kind}, less the mean of its family", x - means[own], rows.take(some), normalize=False)
     prompts = np.unique(rows.prompt_ids)
-    if len(prompts) < len(rows.ids):
+    # Where hardly a prompt has two pairs, these are the clusters of all pairs.
+    if len(prompts) < 0.9 * len(rows.ids):
         for kind, x in base.items():
             yield Variant(f"{kind}, clusters of one pair a prompt", x, rows, one_a_prompt=True)
     drawn = np.random.default_rng(seed).permutation(prompts)
