@@ -270,7 +270,7 @@ def test_run_reports_every_variant(done):
         names = {row["variant"] for row in found["rows"]}
         assert {"pair", "sum", "chosen", "responses", "embedding of the text", "pair, 256 dimensions"} <= names
         assert {
-            "sum, last third of layers",
+            "sum, middle third of layers",
             "pair, clusters of one pair a prompt",
             "pair, 1/2 of the prompts",
         } <= names
