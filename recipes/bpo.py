@@ -274,31 +274,44 @@ def make_judge(script_args: BPOScriptArguments, dataset: Any, cache_dir: Path) -
     return OpenAIJudge(script_args.judge_model, **options)
 
 
-def public_name(name: str) -> str:
-    # The Hub id, or the last part of a local path: where your files lie is not for a card.
-    return os.path.basename(name.rstrip("/")) if os.path.exists(name) else name
-
-
-def bill(report: Any) -> str:
-    # What an API charged over all runs, for the summary and the dataset card.
-    if report is None:
-        return ""
-    tokens = f"; {report.prompt_tokens:,} + {report.completion_tokens:,} tokens"
-    return tokens if report.cost is None else f"{tokens}, {dollars(report.cost)}"
-
-
 class Funnel:
-    """What each stage left over and what it took, for the summary and the dataset card."""
+    """What each stage left over and what it took, for the summary, the dataset card and the report."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[str, int, str]] = []
+        self.stages: list[dict[str, Any]] = []
         self.start = time.perf_counter()
 
-    def add(self, stage: str, count: int, note: str) -> None:
-        seconds = time.perf_counter() - self.start
-        took = f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
-        self.rows.append((stage, count, f"{note}; {took}"))
+    def add(
+        self,
+        stage: str,
+        rows: int,
+        note: str,
+        tokens: int | None = None,
+        bill: Any = None,
+        seconds: float | None = None,
+    ) -> None:
+        """`bill` is what an API charged, over all runs; `seconds` the time since the last stage, if not said otherwise."""
+        seconds = time.perf_counter() - self.start if seconds is None else seconds
         self.start += seconds
+        if bill is not None:
+            tokens = bill.prompt_tokens + bill.completion_tokens
+            note += f"; {bill.prompt_tokens:,} + {bill.completion_tokens:,} tokens"
+            note += "" if bill.cost is None else f", {dollars(bill.cost)}"
+        cost = None if bill is None else bill.cost
+        self.stages.append(
+            {"stage": stage, "rows": rows, "note": note, "seconds": seconds, "tokens": tokens, "cost": cost}
+        )
+
+    @property
+    def rows(self) -> list[tuple[str, int, str]]:
+        took = [
+            f"{stage['seconds']:.0f} s" if stage["seconds"] < 60 else f"{stage['seconds'] / 60:.1f} min"
+            for stage in self.stages
+        ]
+        return [
+            (stage["stage"], stage["rows"], f"{stage['note']}; {time}")
+            for stage, time in zip(self.stages, took, strict=True)
+        ]
 
 
 def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -> None:
@@ -314,12 +327,17 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         BPOTrainer,
         BreadthSelector,
         OpenAIGenerator,
+        OpenAIJudge,
+        OpenAIPairwiseJudge,
         TransformersGenerator,
         quickstart,
     )
     from trl_bpo.evaluation import comparison_table, evaluate_policy
     from trl_bpo.formats import drop_duplicate_pairs, load_rows, prepare_dataset
-    from trl_bpo.report import summary_table
+    from trl_bpo.hub import source_fields
+    from trl_bpo.manifest import public_name, sha256_of_ids, sha256_of_text, write_json
+    from trl_bpo.report import summary_table, write_report
+    from trl_bpo.run_folder import BREADTH, FUNNEL
 
     if training_args.disable_tqdm:
         datasets.disable_progress_bars()
@@ -432,9 +450,20 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
     funnel.add("rows", len(dataset), f"from {public_name(dataset_name)}, start at {stage}{dropped}")
 
     # Breadth
+    breadth_settings: dict[str, Any] = {}
+    provenance: dict[str, str] = {}
     if breadth is not None:
         with state.main_process_first():
             selection = breadth.select(dataset)
+        if state.is_main_process:
+            selection.save(Path(training_args.output_dir) / BREADTH)
+        breadth_settings = {
+            "breadth_fraction": breadth.fraction,
+            "breadth_clusters": selection.n_clusters,
+            "breadth_scope": breadth.scope,
+            "breadth_encoder": public_name(breadth.encoder),
+        }
+        provenance["ids of the prompts"] = sha256_of_ids(selection.by_prompt["prompt_id"].to_pylist())
         dataset = selection.kept
         funnel.add(
             "prompts kept (breadth)",
@@ -464,7 +493,9 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         funnel.add(
             "responses",
             report.responses,
-            f"{report.generated_tokens:,} tokens, {report.truncated} cut at the limit{bill(report.generation)}",
+            f"{report.generated_tokens:,} tokens, {report.truncated} cut at the limit",
+            report.generated_tokens,
+            report.generation,
         )
     if stage in ("prompts", "responses"):
         if script_args.judge_batch:
@@ -477,7 +508,10 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
             dataset.to_parquet(collected / "scores.parquet")
         scored = sum(score is not None for scores in dataset["scores"] for score in scores)
         funnel.add(
-            "scores", scored, f"{collector.report.unscored} without; by {judge_name}{bill(collector.report.judging)}"
+            "scores",
+            scored,
+            f"{collector.report.unscored} without; by {judge_name}",
+            bill=collector.report.judging,
         )
     if stage != "pairs":
         dataset = collector.pair(dataset)
@@ -496,9 +530,10 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         funnel.add("distinct pairs", len(dataset), f"{copies} exact copies dropped")
 
     # Depth and DPO. A reward model would take the policy's room.
+    if isinstance(collector.judge, OpenAIJudge | OpenAIPairwiseJudge):
+        provenance["template of the judge"] = sha256_of_text(collector.judge.rubric.template)
     judge, collector.judge = (collector.judge if heldout is not None else None), None
-    settings = ["breadth_fraction"] if breadth is not None else []
-    settings += ["num_responses", "temperature", "top_p", "max_new_tokens"] if stage == "prompts" else []
+    settings = ["num_responses", "temperature", "top_p", "max_new_tokens"] if stage == "prompts" else []
     settings += ["pair_rule", "min_margin"] if stage != "pairs" else []
     trainer = BPOTrainer(
         model=model_name,
@@ -508,11 +543,19 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         quantization_config=quantization_config,
         peft_config=get_peft_config(model_args),
     )
+    # A local path is nobody's business but yours: only a dataset of the Hub is named as one.
+    hub_dataset = None if script_args.quickstart or os.path.exists(dataset_name) else dataset_name
     card_fields: dict[str, Any] = {
         "source_datasets": [public_name(dataset_name)],
         "source_split": script_args.dataset_train_split,
-        "funnel": list(funnel.rows),
-        "settings": {name: getattr(script_args, name) for name in settings},
+        **(
+            {}
+            if hub_dataset is None or not state.is_main_process
+            else source_fields(hub_dataset, training_args.hub_token)
+        ),
+        "funnel": funnel.rows,
+        "settings": breadth_settings | {name: getattr(script_args, name) for name in settings},
+        "provenance": provenance,
     }
     if stage == "prompts":
         card_fields["policy_model"] = quickstart.POLICY_NAME if script_args.quickstart else public_name(model_name)
@@ -523,20 +566,17 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
             "pairs that fit", len(trainer.train_dataset), f"{over_long} whose prompt fills `max_length` dropped"
         )
     trainer.curated_card_fields = card_fields
+    if state.is_main_process:
+        write_json(Path(training_args.output_dir) / FUNNEL, funnel.stages)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     tokens = max(int(entry.get("num_tokens", 0)) for entry in trainer.state.log_history)
     processes = f"{state.num_processes} process{'es' if state.num_processes > 1 else ''}"
-    funnel.add(
-        "training steps", trainer.state.global_step, f"{tokens:,} tokens; selection and training on {processes}"
-    )
     if trainer.selection is not None:
-        funnel.rows.insert(
-            -1, ("pairs kept (depth)", int(trainer.selection.selected.sum()), trainer.selection.summary)
-        )
+        kept = int(trainer.selection.selected.sum())
+        funnel.add("pairs kept (depth)", kept, trainer.selection.summary, seconds=trainer.seconds_selecting)
+    funnel.add("training steps", trainer.state.global_step, f"{tokens:,} tokens; on {processes}", tokens)
 
     trainer.save_model(training_args.output_dir)
-    # A local path is nobody's business but yours: only a dataset of the Hub is named in the model card.
-    hub_dataset = None if script_args.quickstart or os.path.exists(dataset_name) else dataset_name
     trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=hub_dataset)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=hub_dataset)
@@ -547,6 +587,13 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         funnel.add("held-out prompts", len(heldout), "answered and judged after training")
         trainer.accelerator.print(comparison_table(before, after))
     trainer.accelerator.print(summary_table(funnel.rows))
+    if state.is_main_process:
+        write_json(Path(training_args.output_dir) / FUNNEL, funnel.stages)
+        if trainer.selection is not None:
+            try:
+                print(f"Report: {write_report(training_args.output_dir)}")
+            except ImportError as error:
+                print(f"No report was written. {error}")
     curated = " and curated dataset" if trainer.selection is not None else ""
     trainer.accelerator.print(f"Model, cards{curated}: {training_args.output_dir}")
     # The group is taken down with the interpreter's lock held. A thread of gloo that needs the lock to let go of the last

@@ -32,6 +32,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 
 LFS_SUFFIXES = (".parquet", ".safetensors", ".bin", ".arrow", ".gguf", ".pt", ".zip", ".tar", ".gz", ".npy", ".png")
 LFS_SIZE = 10 * 1024 * 1024  # the real Hub also sends every binary file and every file > 10 MB to LFS
@@ -124,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_any(self):
         data = self.body()
-        fault = self.hub.fault and self.hub.fault(self.command, self.path)
+        fault = self.hub.fault and self.hub.fault(self.command, self.path, data)
         try:
             if fault:
                 raise Fail(*fault)
@@ -248,6 +250,8 @@ class Handler(BaseHTTPRequestHandler):
         kind, rid, verb, rev, sub = m.groups()
         if verb in (None, "revision"):
             r, oid = self.repo(kind, rid, rev or "main")
+            readme = r.trees[oid].get("README.md")
+            front = readme and re.match(rb"---\n(.*?)\n---", readme.data, re.DOTALL)
             sib = [{"rfilename": p, "size": b.size, "blobId": b.oid} for p, b in sorted(r.trees[oid].items())]
             return self.send(
                 200,
@@ -265,6 +269,7 @@ class Handler(BaseHTTPRequestHandler):
                     "downloads": 0,
                     "likes": 0,
                     "siblings": sib,
+                    **({"cardData": yaml.safe_load(front[1])} if front else {}),
                 },
             )
         if verb == "refs":
@@ -392,7 +397,7 @@ class MiniHub:
     Context manager that serves an empty Hub.
 
     `url` is its endpoint, `requests` lists method, path and status of every request, `files` returns the files of a
-    repository, and `fault` may be set to a callable that maps method and path to a status, message and error code, to
+    repository, and `fault` may be set to a callable that maps method, path and body to a status, message and error code, to
     fail requests on purpose. The owner of the namespace `tester` has the token `hf_test`.
     """
 

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import hashlib
 import subprocess
 import sys
 
@@ -23,6 +24,7 @@ from sklearn.metrics import adjusted_rand_score
 from trl_bpo import BreadthSelector
 from trl_bpo.clustering import budget
 from trl_bpo.prompts import prompt_id
+from trl_bpo.run_folder import RunFolder
 
 
 TOPICS = {
@@ -205,3 +207,36 @@ def test_without_the_extra():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "pip install 'trl_bpo[embeddings]'" in result.stdout, result.stderr
+
+
+def test_saved_selection_is_read_back(encoder, tmp_path):
+    long = "why " * 100
+    dataset = prompts(*QUESTIONS, QUESTIONS[0], long)
+    selection = BreadthSelector(0.4, encoder, n_clusters=3).select(dataset)
+    selection.save(tmp_path / "_breadth")
+    saved = RunFolder(tmp_path).breadth
+    assert saved.prompts.equals(selection.by_prompt)
+    table = saved.prompts.to_pandas().set_index("prompt_id")
+    assert len(table) == selection.prompts == saved.metrics["prompts"]
+    assert table["rows"].sum() == len(dataset) and table["duplicates"].sum() == selection.duplicates == 1
+    for row in selection.dataset:
+        here = table.loc[row["prompt_id"]]
+        for name in ("breadth_cluster", "breadth_distance", "breadth_rank"):
+            assert here[name] == row[name]
+        assert here["prompt"] == row["prompt"][:200]
+        # The copy of a prompt that is kept is dropped, the prompt is not.
+        assert here["breadth_selected"] == row["breadth_selected"] or row["breadth_dropped"] == "duplicate"
+    # All prompts are in the sample, at unit length; the map is the best plane through them.
+    assert saved.sample.shape == (selection.prompts, 384)
+    assert np.allclose(np.linalg.norm(saved.sample, axis=1), 1, atol=1e-5)
+    centred = saved.sample - saved.sample.mean(axis=0)
+    top = np.linalg.svd(centred, compute_uv=False)[:2]
+    assert np.allclose(np.sqrt((table[["x", "y"]].to_numpy() ** 2).sum(axis=0)), top, rtol=1e-3)
+    kept = sorted(set(selection.kept["prompt_id"]))
+    assert saved.manifest["outputs"]["kept"] == hashlib.sha256("".join(kept).encode()).hexdigest()
+
+
+def test_one_prompt_has_a_place_on_the_map(encoder, tmp_path):
+    selection = BreadthSelector(1.0, encoder).select(prompts("only one"))
+    selection.save(tmp_path / "_breadth")
+    assert selection.by_prompt.select(["x", "y"]).to_pydict() == {"x": [0.0], "y": [0.0]}

@@ -13,24 +13,30 @@
 # limitations under the License.
 
 
+import hashlib
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+import torch
+from datasets import Dataset, load_dataset
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from trl_bpo import DepthSelector
 from trl_bpo.selection_state import (
     FILE_NAME,
     load_header,
     load_selection_state,
+    save_feature_sample,
+    save_pool,
     save_selection,
     save_selection_state,
 )
 
 
-HEADER = {"pool": "ab" * 32, "budget": 7, "selection_step": 3, "num_selections": 2}
+HEADER = {"pool": "ab" * 32, "budget": 7, "selection_steps": [0, 3]}
 
 
 def select(kind, n):
@@ -131,17 +137,83 @@ def test_files_of_a_selection(tmp_path, kind):
     columns = {"pair_id": [f"pair-{i}" for i in range(12)], "prompt_id": ["p"] * 12, "chosen": list("abcdefghijkl")}
     # As of an earlier selection.
     pairs = Dataset.from_dict(columns | {"depth_selected": [True] * 12, "depth_rank": [99] * 12})
-    save_selection(tmp_path / "a" / "step-7", selection, pairs, {"step": 7, "active_pairs": 6.0})
-    names = {str(path.relative_to(tmp_path / "a")) for path in (tmp_path / "a").rglob("*.*")}
-    assert names == {"step-7.json", "step-7.parquet", "step-7/train.parquet"}
-    assert json.loads((tmp_path / "a" / "step-7.json").read_text()) == {"step": 7, "active_pairs": 6.0}
+    folder = tmp_path / "a"
+    options = {"inputs": {"pool": "ab"}, "parameters": {"depth_fraction": 0.5}}
+    manifest = save_selection(folder, [3, 7], selection, pairs, {"active_pairs": 6.0}, **options)
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*.*")}
+    files = {f"step-000007{name}" for name in (".json", ".parquet", "/train.parquet", "/manifest.json")}
+    assert names == {"index.json", *files}
+    assert json.loads((folder / "index.json").read_text()) == {"steps": [3, 7]}
+    assert json.loads((folder / "step-000007.json").read_text()) == {"step": 7, "active_pairs": 6.0}
     cache = str(tmp_path / "cache")
-    every = Dataset.from_parquet(str(tmp_path / "a" / "step-7.parquet"), cache_dir=cache)
+    every = Dataset.from_parquet(str(folder / "step-000007.parquet"), cache_dir=cache)
     depth = ["depth_cluster", "depth_distance"] if kind == "clusters" else ["depth_score"]
     depth += ["depth_rank", "depth_selected"]
     assert every.column_names == ["pair_id", "prompt_id", *depth]
     assert np.array_equal(every["depth_selected"][:], selection.selected)
     assert np.array_equal(every["depth_rank"][:], selection.ranks)
-    kept = Dataset.from_parquet(str(tmp_path / "a" / "step-7" / "train.parquet"), cache_dir=cache)
+    # The manifest beside the pairs is none of the data.
+    kept = load_dataset(str(folder / "step-000007"), split="train", cache_dir=cache)
     assert kept.column_names == ["pair_id", "prompt_id", "chosen", *depth]
-    assert kept["pair_id"][:] == [f"pair-{i}" for i in np.flatnonzero(selection.selected)]
+    ids = [f"pair-{i}" for i in np.flatnonzero(selection.selected)]
+    assert kept["pair_id"][:] == ids
+    assert manifest == json.loads((folder / "step-000007" / "manifest.json").read_text())
+    assert (manifest["stage"], manifest["step"]) == ("depth", 7)
+    assert manifest["inputs"] == {"pool": "ab"} and manifest["parameters"] == {"depth_fraction": 0.5}
+    digests = {
+        "train.parquet": hashlib.sha256((folder / "step-000007" / "train.parquet").read_bytes()).hexdigest(),
+        "step-000007.parquet": hashlib.sha256((folder / "step-000007.parquet").read_bytes()).hexdigest(),
+        "kept": hashlib.sha256("".join(ids).encode()).hexdigest(),
+        "num_kept": len(ids),
+    }
+    assert manifest["outputs"] == digests
+    assert manifest["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_the_pool(tmp_path, conversational):
+    prompts = ["x" * 300, "é" * 250, "short"]
+    turns = [[{"role": "user", "content": text}] for text in prompts] if conversational else prompts
+    columns = {"pair_id": list("abc"), "prompt_id": ["p", "q", "p"], "prompt": turns, "chosen": ["1", "2", "3"]}
+    pairs = Dataset.from_dict(
+        columns | {"score_chosen": [9, None, 7], "score_rejected": [1, 2, 3], "other": [0, 0, 0]}
+    )
+    tokenized = Dataset.from_dict({"chosen_ids": [[1], [1, 2], []], "rejected_ids": [[1] * 5, [], [3]]})
+    # Rows that were filtered out are none of the pool.
+    pairs, tokenized = pairs.select([0, 1, 2]), tokenized.select([2, 1, 0]).select([2, 1, 0])
+    table = save_pool(tmp_path / "s", pairs, tokenized, with_texts=True)
+    assert table.to_pydict() == {
+        "pair_id": ["a", "b", "c"],
+        "prompt_id": ["p", "q", "p"],
+        "prompt": ["x" * 200, "é" * 200, "short"],
+        "score_chosen": [9.0, None, 7.0],
+        "score_rejected": [1.0, 2.0, 3.0],
+        "chosen_tokens": [1, 2, 0],
+        "rejected_tokens": [5, 0, 1],
+    }
+    assert pq.read_table(tmp_path / "s" / "pool.parquet").equals(table)
+    texts = tmp_path / "s" / "pool" / "train.parquet"
+    assert pq.read_table(texts)["other"].to_pylist() == [0, 0, 0]
+    # The texts of an earlier run do not stay.
+    save_pool(tmp_path / "s", pairs.remove_columns("score_chosen"), tokenized, with_texts=False)
+    assert not texts.exists()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_sample_of_features(tmp_path, normalize):
+    features = np.random.default_rng(0).standard_normal((3000, 8)).astype(np.float32) * 1e6
+    features[5], features[7, 2], features[9] = 0, np.inf, 3e-30
+    save_feature_sample(tmp_path, features, normalize, seed=1)
+    sample = load_file(tmp_path / "sample.safetensors")["features"]
+    assert sample.dtype == np.float16 and np.isfinite(sample).all() and 2040 <= len(sample) <= 2048
+    norms = np.linalg.norm(sample.astype(np.float32), axis=1)
+    assert (
+        np.allclose(norms, 1, atol=0.01)
+        if normalize
+        else (norms.max() == pytest.approx(1, abs=0.01) and norms.min() < 0.5)
+    )
+    # All rows of a small pool are there, in their order.
+    save_feature_sample(tmp_path, features[10:20], normalize, seed=1)
+    few = load_file(tmp_path / "sample.safetensors")["features"].astype(np.float32)
+    cosines = (few * features[10:20]).sum(1) / np.linalg.norm(few, axis=1) / np.linalg.norm(features[10:20], axis=1)
+    assert np.allclose(cosines, 1, atol=1e-3)

@@ -26,6 +26,7 @@ from .feature_store import DTYPES
 
 
 FEATURES = ("pair", "sum", "chosen")
+HUB_STRATEGIES = ("end", "every_selection")
 # By what the policy makes of the pairs, which takes a pass over them at each selection, and by the data alone.
 GRADIENT_STRATEGIES = (
     *("gradient", "gradient_farthest", "gradient_random", "random_like_gradient", "gradient_k_centre"),
@@ -37,6 +38,12 @@ DATA_STRATEGIES = (
     *("random", "random_once", "equal_per_prompt", "best_worst_per_prompt"),
 )
 # The only value of each option that goes with selection, and why.
+# What a selection of a given policy depends on.
+SELECTION_OPTIONS = (
+    *("depth_fraction", "depth_strategy", "depth_clusters", "depth_scope", "min_pairs_per_prompt"),
+    *("first_selection_step", "reselect_every_epochs", "reselect_every_steps", "depth_encoder", "depth_feature"),
+    *("normalize_gradients", "projection_dim", "gradient_layers", "precondition_gradients", "gradient_dtype", "seed"),
+)
 _NOT_WITH_SELECTION = {
     "train_sampling_strategy": ("random", "the order of the selected pairs is drawn by BPOTrainer"),
     "ignore_data_skip": (False, "a resumed run would not find its place in the selection"),
@@ -111,8 +118,19 @@ class BPOConfig(DPOConfig):
         > Parameters that control the curated dataset
 
         curated_dataset_hub_id (`str`, *optional*):
-            Dataset repository on the Hub, as `user/name`, to which the pairs of the last selection are pushed with
-            their card when training ends. `hub_private_repo` and `hub_token` apply. If `None`, nothing is pushed.
+            Dataset repository on the Hub, as `user/name`, to which the selections are pushed with their card: each as a
+            configuration such as `step-000012`, the last one as `default`. If `None`, nothing is pushed. The token is
+            `hub_token`, or that of `hf auth login` or `HF_TOKEN`. A push that fails does not stop the training; repeat it
+            with `trl-bpo push`.
+        curated_dataset_hub_strategy (`str`, *optional*, defaults to `"end"`):
+            When to push: `"end"` of training, or `"every_selection"`, in the background.
+        curated_dataset_hub_private_repo (`bool`, *optional*):
+            Whether a new repository of the curated dataset is private. If `None`, as `hub_private_repo` says.
+        curated_dataset_push_pool (`bool`, *optional*, defaults to `False`):
+            Whether the pairs that were selected from are saved in `output_dir` and pushed as well, as the configuration
+            `pool`.
+        curated_dataset_license (`str`, *optional*):
+            Licence of the curated dataset, as an identifier of the Hub, for its card. None is ever assumed.
     """
 
     # Parameters that control the selection
@@ -201,9 +219,30 @@ class BPOConfig(DPOConfig):
     curated_dataset_hub_id: str | None = field(
         default=None,
         metadata={
-            "help": "Dataset repository on the Hub to which the pairs of the last selection are pushed with their "
-            "card when training ends."
+            "help": "Dataset repository on the Hub to which the selections are pushed with their card. If None, nothing "
+            "is pushed."
         },
+    )
+    curated_dataset_hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "When to push the curated dataset: at the end of training or after every selection.",
+            "choices": list(HUB_STRATEGIES),
+        },
+    )
+    curated_dataset_hub_private_repo: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether a new repository of the curated dataset is private. If None, as `hub_private_repo` says."
+        },
+    )
+    curated_dataset_push_pool: bool = field(
+        default=False,
+        metadata={"help": "Whether the pairs that were selected from are saved and pushed as well."},
+    )
+    curated_dataset_license: str | None = field(
+        default=None,
+        metadata={"help": "Licence of the curated dataset, as an identifier of the Hub. None is ever assumed."},
     )
 
     def __post_init__(self) -> None:
@@ -211,6 +250,7 @@ class BPOConfig(DPOConfig):
         strategies = (*POLICY_STRATEGIES, *DATA_STRATEGIES)
         choices = {"depth_strategy": strategies, "depth_scope": SCOPES}
         choices |= {"depth_feature": FEATURES, "gradient_dtype": DTYPES}
+        choices |= {"curated_dataset_hub_strategy": HUB_STRATEGIES}
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"`{name}` must be one of {values}, got {getattr(self, name)!r}.")

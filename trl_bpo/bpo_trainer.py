@@ -36,20 +36,20 @@ from trl.trainer.utils import get_config_model_id
 
 from .bpo_config import DATA_STRATEGIES, GRADIENT_STRATEGIES, POLICY_STRATEGIES, BPOConfig
 from .capture import stacked_weights, target_modules
-from .card import CuratedCardData, card_data_of_run
+from .card import CuratedCardData
 from .clustering import check_n_clusters
 from .depth import DepthSelection, DepthSelector
-from .hub import push_curated_dataset, save_curated_dataset
 from .pair_features import PairFeatures, remove_stores
 from .pool import PairPool, identify_pairs, open_truncated_responses
 from .preconditioning import check_second_moment
 from .processes import on_main_process
 from .projection import SparseProjection
+from .recorder import SelectionRecorder
 from .responses import unique_responses
 from .rules import draw_scores
 from .sampler import ActivePairsSampler
 from .schedule import SelectionSchedule
-from .selection_state import load_header, load_selection_state, save_selection, save_selection_state
+from .selection_state import load_header, load_selection_state, save_selection_state
 from .strategies import RULE_OF_STRATEGY, check_strategy, measure_by_data, measure_by_policy
 
 
@@ -110,6 +110,8 @@ class BPOTrainer(DPOTrainer):
     Attributes:
         selection ([`DepthSelection`], *optional*):
             The last selection, over the rows of `train_dataset`.
+        seconds_selecting (`float`):
+            Time that selections took in the last training.
         curated_card_fields (`dict[str, Any]`):
             Fields of [`CuratedCardData`] that the trainer cannot know (`judge`, `license`, ...), for the card of the
             curated dataset. It adds to those of `funnel` and `settings` and replaces the others.
@@ -135,13 +137,12 @@ class BPOTrainer(DPOTrainer):
     model: Any
     train_dataset: Any
     _pool: Any
-    _selection_step: int
-    _num_selections: int
+    _selection_steps: list[int]
     _seen: np.ndarray
     _schedule: SelectionSchedule
     _run_state: Any
     _started: float
-    _seconds_selecting: float
+    seconds_selecting: float
 
     _tag_names = ["trl", "dpo", "bpo"]
     _name = "BPO"
@@ -198,6 +199,7 @@ class BPOTrainer(DPOTrainer):
             check_strategy(args.depth_strategy, self._pool.pairs)
             train_dataset = self._pool.numbered_pairs
         super().__init__(model, ref_model, args, data_collator, train_dataset, *other, **kwargs)
+        self._recorder = SelectionRecorder(self)
         if self._pool is None:
             return
 
@@ -259,6 +261,7 @@ class BPOTrainer(DPOTrainer):
             ids = self._pool.pair_ids, self._pool.prompt_ids
             if measures.ndim == 1:
                 return self._selector.select_by_score(measures, *ids)
+            self._recorder.save_features(measures)
             # The draw 0 is that of the steps before the first selection.
             return self._selector.select(measures, *ids, self._num_selections + 1)
 
@@ -266,7 +269,16 @@ class BPOTrainer(DPOTrainer):
         if not self.is_in_train:
             remove_stores(self._features_path, self.accelerator)
             self.selection = selection
+            self._recorder.record(selection, self._steps_with(self.state.global_step), selection.metrics)
         return selection
+
+    @property
+    def _selection_step(self) -> int:
+        return self._selection_steps[-1] if self._selection_steps else 0
+
+    @property
+    def _num_selections(self) -> int:
+        return len(self._selection_steps)
 
     @property
     def _features_path(self) -> Path:
@@ -284,15 +296,19 @@ class BPOTrainer(DPOTrainer):
             self._features_path, lambda folder: self._features.compute(self._projection, folder)
         )
 
+    def _steps_with(self, step: int) -> list[int]:
+        return [*(past for past in self._selection_steps if past < step), step]
+
     def _select_at(self, step: int) -> None:
         started, previous = time.perf_counter(), self.selection
-        self.selection = selection = self.select_pairs()
-        self._selection_step, self._num_selections = step, self._num_selections + 1
-        self._sampler.set_rows(np.flatnonzero(selection.selected), self._num_selections)
+        selection = self.select_pairs()
         metrics = dict(selection.metrics)
         if previous is not None:
             kept, kept_before = selection.selected, previous.selected
             metrics["overlap"] = float((kept & kept_before).sum() / (kept | kept_before).sum())
+        self.selection, self._selection_steps = selection, self._steps_with(step)
+        self._recorder.record(selection, self._selection_steps, metrics)
+        self._sampler.set_rows(np.flatnonzero(selection.selected), self._num_selections)
         self._log_scalars(metrics)
         if metrics["active_pairs"] < len(self._sampler):
             logger.warning(
@@ -300,15 +316,15 @@ class BPOTrainer(DPOTrainer):
                 "the others have no gradient, or one that is not finite. Some of those selected are used more than once an "
                 "epoch."
             )
-        if self.args.should_save:
-            folder = Path(str(self.args.output_dir)) / "_selections"
-            save_selection(folder / f"step-{step:06d}", selection, self._pool.pairs, {"step": step, **metrics})
         seconds = time.perf_counter() - started
-        self._seconds_selecting += seconds
+        self.seconds_selecting += seconds
         logger.info(
             f"Selection at step {step}: {metrics['active_pairs']:.0f} of {len(selection.selected)} pairs in {seconds:.1f} s, "
             f"{selection.summary}."
         )
+        hub_id, strategy = self.args.curated_dataset_hub_id, self.args.curated_dataset_hub_strategy
+        if hub_id is not None and strategy == "every_selection" and self.accelerator.is_main_process:
+            self._recorder.push_in_background(hub_id)
         pair_ids = [self._pool.pair_ids[row] for row in np.flatnonzero(selection.selected)]
         for callback in self.callback_handler.callbacks:
             # The event is ours, so that most callbacks do not know of it.
@@ -386,7 +402,7 @@ class BPOTrainer(DPOTrainer):
                 self._iterator = chain([first], self._iterator)
         position = schedule.rows_before(step) - schedule.rows_before(self._selection_step)
         self._seen[self._sampler.rows_at(position, schedule.rows_of(step))] = True
-        share = self._seconds_selecting / (time.perf_counter() - self._started)
+        share = self.seconds_selecting / (time.perf_counter() - self._started)
         self._log_scalars({"unique_pairs": int(np.count_nonzero(self._seen)), "selection_time_share": share})
         batches, num_items = super().get_batch_samples(self._iterator, num_batches, device)
         if not batches:
@@ -417,7 +433,7 @@ class BPOTrainer(DPOTrainer):
 
     def _forget_selections(self) -> None:
         self.selection = None
-        self._selection_step = self._num_selections = 0
+        self._selection_steps = []
         self._seen = np.zeros(len(self._pool.pair_ids), dtype=bool)
         rows = np.arange(len(self._seen))
         if self.args.first_selection_step > 0:
@@ -431,8 +447,7 @@ class BPOTrainer(DPOTrainer):
             header = {
                 "pool": self._pool.fingerprint,
                 "budget": len(self._sampler),
-                "selection_step": self._selection_step,
-                "num_selections": self._num_selections,
+                "selection_steps": self._selection_steps,
                 **{name: getattr(self.args, name) for name in _RESUMED_WITH},
             }
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -466,9 +481,10 @@ class BPOTrainer(DPOTrainer):
                 )
         self._run_state = self.state
         self.selection, self._seen = load_selection_state(checkpoint, len(self._pool.pair_ids))
-        self._selection_step, self._num_selections = header["selection_step"], header["num_selections"]
+        self._selection_steps = header["selection_steps"]
         if self.selection is not None:
             self._sampler.set_rows(np.flatnonzero(self.selection.selected), self._num_selections)
+            self._recorder.resume(self.selection, self._selection_steps)
 
     def _check_max_steps(self, checkpoint: str, how: str) -> None:
         # Its learning rates and its place in the epochs would mean something else here.
@@ -481,10 +497,12 @@ class BPOTrainer(DPOTrainer):
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        self._started, self._seconds_selecting, self._run_state = time.perf_counter(), 0.0, None
+        self._started, self.seconds_selecting, self._run_state = time.perf_counter(), 0.0, None
         if self._sampler is not None:
             # Each call starts with a selection, or with that of its checkpoint.
             self._forget_selections()
+            if self.args.curated_dataset_hub_id is not None:
+                on_main_process(self.accelerator, self._recorder.check_hub)
         output = super().train(*args, **kwargs)
         # The abandoned iterators would keep their workers alive.
         self._epoch_iterator, self._iterator, self._loader = None, iter(()), None
@@ -492,36 +510,23 @@ class BPOTrainer(DPOTrainer):
             logger.warning(f"Training ended before the first selection, at step {self.args.first_selection_step}.")
         elif self._sampler is not None:
             remove_stores(self._features_path, self.accelerator)
-            # The model is not saved yet at this point, and it cost more than to save or push the dataset again does.
-            try:
-                if self.args.should_save:
-                    save_curated_dataset(self.curated_dataset, self._curated_path, self.curated_card_data())
-                if self.args.curated_dataset_hub_id is not None:
-                    self.push_curated_dataset()
-            except Exception as error:
-                hub_id = self.args.curated_dataset_hub_id
-                pushed = "" if hub_id is None else f" or could not be pushed to {hub_id}"
-                logger.error(
-                    f"The curated dataset could not be saved in {self._curated_path}{pushed}: {error}. It is in "
-                    "`trainer.curated_dataset` and in `_selections`; call `push_curated_dataset()` to push it again.",
-                    exc_info=True,
-                )
+            self._recorder.finish(self.selection)
         return output
 
     # Curated dataset
 
     @property
-    def _curated_path(self) -> Path:
-        return Path(str(self.args.output_dir)) / "_curated_dataset"
-
-    @property
-    def curated_dataset(self) -> Dataset:
-        """The pairs of the last selection as they came in, with `prompt_id`, `pair_id` and the `depth_*` columns."""
+    def _selected(self) -> DepthSelection:
         if self.selection is None or self._pool is None:
             raise ValueError(
                 "Nothing has been selected yet. Call `train()` or `select_pairs()` first, with `depth_fraction` below 1.0."
             )
-        return self.selection.kept(self._pool.pairs)
+        return self.selection
+
+    @property
+    def curated_dataset(self) -> Dataset:
+        """The pairs of the last selection as they came in, with `prompt_id`, `pair_id` and the `depth_*` columns."""
+        return self._selected.kept(self._pool.pairs)
 
     def curated_card_data(self) -> CuratedCardData:
         """
@@ -530,19 +535,11 @@ class BPOTrainer(DPOTrainer):
         Returns:
             [`CuratedCardData`]: The data of the card.
         """
-        return card_data_of_run(
-            self.curated_dataset,
-            self._pool,
-            self.selection,
-            self._selection_step,
-            self.args,
-            get_config_model_id(self.model.config),
-            self.curated_card_fields,
-        )
+        return self._recorder.card_data(self._selected)
 
     def push_curated_dataset(self, repo_id: str | None = None) -> str | None:
         """
-        Push the curated dataset with its card to the Hub, from the main process. May be repeated.
+        Push the selections of this run with their card to the Hub, from the main process. May be repeated.
 
         Args:
             repo_id (`str`, *optional*):
@@ -556,11 +553,4 @@ class BPOTrainer(DPOTrainer):
             raise ValueError("Name the dataset repository with `repo_id`, or set `curated_dataset_hub_id`.")
         if not self.accelerator.is_main_process:
             return None
-        return push_curated_dataset(
-            self.curated_dataset,
-            repo_id,
-            self.curated_card_data(),
-            private=self.args.hub_private_repo,
-            token=self.args.hub_token,
-            saved_to=self._curated_path,
-        )
+        return self._recorder.push(repo_id)

@@ -30,18 +30,28 @@ Columns in: the prompt column, `tools` if there is one. Columns out, beside all 
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset, Value
+from safetensors.numpy import save_file
+from sklearn.decomposition import PCA
+from threadpoolctl import threadpool_limits
 
 from .clustering import SCOPES, budget, check_fraction, check_n_clusters, cluster, nearest_to_centre
 from .embedding import DEFAULT_ENCODER, embed_texts, require_sentence_transformers
-from .prompts import prompt_id, render_prompt
+from .manifest import public_name, sha256_of_ids, write_json, write_manifest
+from .prompts import EXCERPT_CHARACTERS, prompt_id, render_prompt
 
 
 logger = logging.getLogger(__name__)
+
+_SAMPLE_ROWS = 4096
+_PARAMETERS = ("fraction", "encoder", "n_clusters", "scope", "prompt_column", "batch_size", "seed")
 
 # Two rows of one prompt are duplicates only if they agree on these as well.
 _CONTENT_COLUMNS = ("responses", "scores", "completion", "chosen", "rejected", "label")
@@ -69,6 +79,14 @@ class BreadthSelection:
             Number of clusters.
         variance_explained (`float`):
             Share of the variance of the embeddings that the clusters explain.
+        by_prompt (`pyarrow.Table`):
+            One row a distinct prompt, in the order of their ids: `prompt_id`, `prompt` (its first 200 characters), `rows`
+            that it has, `duplicates` among them, `breadth_cluster`, `breadth_distance`, `breadth_rank`,
+            `breadth_selected`, and `x`, `y`, the first two principal components of its embedding.
+        embedding_sample (`np.ndarray` of shape `(m, d)`, float32):
+            Embeddings of a random sample of up to 4,096 distinct prompts.
+        parameters (`dict[str, Any]`):
+            Keyword arguments of the [`BreadthSelector`].
     """
 
     dataset: Dataset
@@ -79,6 +97,9 @@ class BreadthSelection:
     over_long: int
     n_clusters: int
     variance_explained: float
+    by_prompt: pa.Table = field(repr=False)
+    embedding_sample: np.ndarray = field(repr=False)
+    parameters: dict[str, Any]
 
     @property
     def kept(self) -> Dataset:
@@ -90,6 +111,33 @@ class BreadthSelection:
     def dropped(self) -> Dataset:
         """The rows that were not; `breadth_dropped` says why."""
         return self.dataset.select(np.flatnonzero(~np.asarray(self.dataset["breadth_selected"])))
+
+    def save(self, path: str | Path) -> None:
+        """
+        Save what `trl-bpo report` and `trl-bpo explain` read, as the folder `_breadth` of a run: `prompts.parquet` (the
+        table `by_prompt`), `metrics.json`, `sample.safetensors` (the `embedding_sample`) and `manifest.json`, which holds
+        the parameters that make the selection again and digests of what came in and out. The rows are not saved.
+
+        Args:
+            path (`str` or `Path`):
+                The folder, created if need be.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {name: folder / name for name in ("prompts.parquet", "sample.safetensors")}
+        pq.write_table(self.by_prompt, files["prompts.parquet"])
+        save_file({"embeddings": self.embedding_sample}, files["sample.safetensors"])
+        counts = ("rows", "prompts", "prompts_kept", "duplicates", "over_long", "n_clusters", "variance_explained")
+        write_json(folder / "metrics.json", {name: getattr(self, name) for name in counts})
+        ids = self.by_prompt["prompt_id"]
+        kept = ids.filter(self.by_prompt["breadth_selected"])
+        write_manifest(
+            folder / "manifest.json",
+            "breadth",
+            inputs={"prompts": sha256_of_ids(ids.to_pylist()), "num_prompts": self.prompts, "num_rows": self.rows},
+            parameters={**self.parameters, "encoder": public_name(self.parameters["encoder"])},
+            outputs={"kept": sha256_of_ids(kept.to_pylist()), "num_kept": self.prompts_kept, **files},
+        )
 
 
 # Static functions with plain arguments: a `self` in the closure would change the fingerprint and so disable the cache
@@ -106,7 +154,19 @@ def _embed(batch: dict[str, list], encoder: str, prompt_column: str, batch_size:
     tools = batch.get("tools") or [None] * len(batch[prompt_column])
     texts = [render_prompt(prompt, tool) for prompt, tool in zip(batch[prompt_column], tools, strict=True)]
     embeddings, over_long = embed_texts(texts, encoder, batch_size)
-    return {"_embedding": embeddings, "_over_long": over_long}
+    excerpts = [text[:EXCERPT_CHARACTERS] for text in texts]
+    return {"_embedding": embeddings, "_over_long": over_long, "_excerpt": excerpts}
+
+
+def _plane(embeddings: np.ndarray) -> np.ndarray:
+    # Where the prompts lie on a map. Its axes mean nothing by themselves.
+    n_components = min(2, *embeddings.shape)
+    plane = np.zeros((len(embeddings), 2), dtype=np.float32)
+    if len(embeddings) == 1:
+        return plane
+    with threadpool_limits(limits=1):
+        plane[:, :n_components] = PCA(n_components, svd_solver="covariance_eigh").fit_transform(embeddings)
+    return plane
 
 
 class BreadthSelector:
@@ -213,7 +273,8 @@ class BreadthSelector:
             desc="Embedding prompts",
         ).with_format("numpy")
         over_long = int(np.sum(embedded["_over_long"]))
-        clustering = cluster(np.asarray(embedded["_embedding"][:]), distinct.tolist(), self.n_clusters, self.seed)
+        embeddings = np.asarray(embedded["_embedding"][:])
+        clustering = cluster(embeddings, distinct.tolist(), self.n_clusters, self.seed)
         n_keep = budget(self.fraction, len(distinct))
         selected = nearest_to_centre(clustering, distinct.tolist(), n_keep, self.scope)
 
@@ -235,6 +296,20 @@ class BreadthSelector:
             # A column of nothing but None would have no type.
             feature = Value("string") if name == "breadth_dropped" else None
             dataset = dataset.add_column(name, values, feature=feature)
+        x, y = _plane(embeddings).T
+        by_prompt = {
+            "prompt_id": distinct,
+            "prompt": embedded.with_format("arrow")["_excerpt"][:],
+            "rows": np.bincount(inverse),
+            "duplicates": np.bincount(inverse[duplicate], minlength=len(distinct)),
+            "breadth_cluster": clustering.labels,
+            "breadth_distance": clustering.distances,
+            "breadth_rank": clustering.ranks,
+            "breadth_selected": selected,
+            "x": x,
+            "y": y,
+        }
+        in_sample = np.random.default_rng(self.seed).permutation(len(distinct))[:_SAMPLE_ROWS]
         selection = BreadthSelection(
             dataset=dataset,
             rows=len(dataset),
@@ -244,6 +319,9 @@ class BreadthSelector:
             over_long=over_long,
             n_clusters=clustering.n_clusters,
             variance_explained=clustering.variance_explained,
+            by_prompt=pa.table(by_prompt),
+            embedding_sample=embeddings[np.sort(in_sample)].astype(np.float32),
+            parameters={name: getattr(self, name) for name in _PARAMETERS},
         )
         logger.info(
             "Breadth: kept %d of %d distinct prompts (%d rows of %d; %d duplicates dropped; %d over-long prompts "

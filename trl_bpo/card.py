@@ -132,6 +132,23 @@ class CuratedCardData:
     pairs_per_prompt: dict[int, int] = field(default_factory=dict)
     columns: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=_package_versions)
+    language: list[str] = field(default_factory=list)
+    policy_revision: str | None = None
+    statistics: list[tuple[str, float | None, float | None]] = field(default_factory=list)
+    provenance: dict[str, str] = field(default_factory=dict)
+    selections: list[tuple[str, int, int]] = field(default_factory=list)
+    has_pool: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "CuratedCardData":
+        content = dict(content)
+        content["pairs_per_prompt"] = {int(k): v for k, v in content["pairs_per_prompt"].items()}
+        for name in ("funnel", "statistics", "selections"):
+            content[name] = [tuple(row) for row in content[name]]
+        return cls(**content)
 
 
 def _one_line(value: Any) -> str:
@@ -203,12 +220,13 @@ def _overview(data: CuratedCardData) -> list[tuple[str, ...]]:
 
 
 def create_dataset_card(
-    dataset: Dataset,
+    features: Any,
     card_data: CuratedCardData,
     *,
     config_name: str = "default",
-    picture: str | None = None,
+    pictures: dict[str, str] | None = None,
     metadata: dict[str, Any] | None = None,
+    configs: list[dict[str, Any]] | None = None,
 ) -> DatasetCard:
     """
     Write the card of a curated dataset.
@@ -237,10 +255,12 @@ def create_dataset_card(
         "pretty_name": _one_line(data.pretty_name),
         "tags": list(dict.fromkeys([*metadata.get("tags", []), *_TAGS])),
         "task_categories": ["text-generation"],
-        "size_categories": [_size_category(len(dataset))],
+        "size_categories": [_size_category(card_data.num_pairs)],
     }
     if license:
         fields["license"] = license
+    if configs:
+        fields["configs"] = configs
     descriptions = {**_COLUMNS, **data.columns}
     histogram = data.pairs_per_prompt
     arguments = [f'"{_literal(data.repo_id, "path/to/this/folder")}"']
@@ -271,7 +291,7 @@ def create_dataset_card(
         pairs_table=_table(
             ("Pairs kept", "Prompts"), [(_value(kept), _value(prompts)) for kept, prompts in histogram.items()]
         ),
-        picture=picture,
+        picture=next(iter(pictures), None) if pictures else None,
         picture_alt=f"Bar chart of the prompts by the number of pairs that they kept ({bars})",
         mean=_value(sum(kept * n for kept, n in histogram.items()) / max(1, sum(histogram.values()))),
         gini=_value(gini(histogram)),
@@ -279,7 +299,7 @@ def create_dataset_card(
             ("Column", "Type", "Content"),
             [
                 (_name(name), _name(_type(feature)), _text(descriptions.get(name, "")))
-                for name, feature in dataset.features.items()
+                for name, feature in features.items()
             ],
         ),
         load_arguments=", ".join(arguments),
@@ -292,59 +312,24 @@ def create_dataset_card(
     )
 
 
-def card_data_of_run(
-    dataset: Dataset,
-    pool: Any,
-    selection: Any,
-    step: int,
-    args: Any,
-    model_name: str,
-    fields: dict[str, Any],
-) -> CuratedCardData:
-    """
-    What a training knows of its curated dataset, for the card.
+def merge_card(existing: str | None, card: DatasetCard, dropped_configs: set[str] = frozenset()) -> DatasetCard:
+    return card
 
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            The curated pairs.
-        pool ([`PairPool`]):
-            The pairs that they were selected from.
-        selection ([`DepthSelection`]):
-            The selection.
-        step (`int`):
-            Optimizer step of the selection.
-        args ([`BPOConfig`]):
-            Arguments of the run.
-        model_name (`str`):
-            Name or path of the policy. Of a path only the last part is shown.
-        fields (`dict[str, Any]`):
-            Fields of [`CuratedCardData`] that a training cannot know. They add to those of `funnel` and `settings` and
-            replace the others.
 
-    Returns:
-        [`CuratedCardData`]: The data of the card.
-    """
+def card_data_of_run(pool: Any, pool_table: Any, selection: Any, manifest: Any, args: Any, fields: dict) -> CuratedCardData:
+    dataset = selection.kept(pool.pairs)
     kept, fields = list(map(str, dataset["prompt_id"])), dict(fields)
-    options = ["depth_fraction", "depth_strategy", "depth_clusters", "depth_scope", "min_pairs_per_prompt"]
-    options += ["depth_feature", "normalize_gradients", "gradient_layers", "precondition_gradients"]
-    options += ["first_selection_step", "reselect_every_epochs", "reselect_every_steps"]
-    # Pairs that were built from saved scores say who gave them.
-    judges = list(dataset["judge"]) if "judge" in dataset.column_names else []
-    if judges and isinstance(judges[0], str) and all(judge == judges[0] for judge in judges):
-        fields.setdefault("judge", judges[0])
     funnel = list(fields.pop("funnel", [("pairs", pool.num_given, "as they came in")]))
     if dropped := pool.num_given - len(pool.pairs):
         funnel.append(("pairs that fit", len(pool.pairs), f"{dropped} whose prompt fills `max_length` dropped"))
-    settings = {"model": Path(model_name).name if Path(model_name).is_dir() else model_name}
-    settings |= {name: getattr(args, name) for name in (*options, "projection_dim", "seed")}
     data = CuratedCardData(
         pretty_name=f"Pairs that BPO kept for {Path(str(args.output_dir)).name}",
         depth_strategy=args.depth_strategy,
         num_pairs=len(kept),
         num_prompts=len(set(kept)),
-        funnel=[*funnel, ("pairs kept (depth)", len(kept), f"by {args.depth_strategy} at step {step}")],
-        settings=fields.pop("settings", {}) | settings,
-        setting_notes=dict.fromkeys(options, "not specified by the paper"),
+        funnel=[*funnel, ("pairs kept (depth)", len(kept), f"by {args.depth_strategy} at step {manifest['step']}")],
+        settings=fields.pop("settings", {}) | manifest["parameters"],
+        license=args.curated_dataset_license,
         metrics=dict(selection.metrics),
         pairs_per_prompt=pairs_per_prompt(pool.prompt_ids, kept),
     )

@@ -14,7 +14,6 @@
 
 """The pool of pairs that a trainer selects from: what is refused, how pairs are identified, and what TRL leaves of them."""
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from datasets import Dataset, IterableDataset
 from trl.data_utils import maybe_extract_prompt
 
 from .bpo_config import BPOConfig
+from .manifest import sha256_of_ids
 from .prompts import pair_id, prompt_id
 
 
@@ -141,7 +141,7 @@ class PairPool:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the ids of the pairs, in their order."""
-        return hashlib.sha256("".join(self.pair_ids).encode()).hexdigest()
+        return sha256_of_ids(self.pair_ids)
 
 
 def _cut_closing(row: dict, closing_ids: list[int], flags: dict[str, str]) -> dict[str, list[int]]:

@@ -21,6 +21,9 @@ from typing import Any
 
 
 # A turn of an HH-RLHF transcript starts with a blank line and the speaker's name.
+# As much of a prompt as is kept to tell it by.
+EXCERPT_CHARACTERS = 200
+
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
