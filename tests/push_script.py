@@ -92,7 +92,7 @@ def round_trip(model, folder, log):
         "selected": [bool(one) for one in trainer.selection.selected],
         "metadata": card.data.to_dict(),
         "text": card.text,
-        "log": log.lines,
+        "log": list(log.lines),
     }
 
 
@@ -102,7 +102,7 @@ def existing_card(folder):
     api.create_repo("tester/existing", repo_type="dataset")
     for path, content in {
         "README.md": (folder / "existing.md").read_bytes(),
-        "mine/train.jsonl": b'{"prompt": "mine"}\n',
+        "mine/train.parquet": (folder / "mine.parquet").read_bytes(),
         "step-000777/train-00000-of-00001.parquet": (folder / "run/_selections/step-000000/train.parquet").read_bytes(),
         "data/train-00001-of-00002.parquet": b"stale",
         "notes.txt": b"keep me",
@@ -160,7 +160,7 @@ def main():
     log.lines.clear()
     trainer = train(model, folder / "down", "tester/always-commit")
     content["down"] = {
-        "log": log.lines,
+        "log": list(log.lines),
         "steps": trainer.state.global_step,
         "saved": (folder / "down" / "_curated_dataset" / "README.md").is_file(),
         "pushed_later": outcome(lambda: push_run(folder / "down", "tester/later")),

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import Dataset
 
 from minihub import MiniHub
 
@@ -50,7 +51,7 @@ configs:
 - config_name: mine
   data_files:
   - split: train
-    path: mine/train.jsonl
+    path: mine/train.parquet
 - config_name: step-000777
   data_files:
   - split: train
@@ -91,6 +92,7 @@ class Faults:
 def pushed(tiny_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("push")
     (folder / "existing.md").write_text(EXISTING)
+    Dataset.from_dict({"prompt": ["mine"]}).to_parquet(folder / "mine.parquet")
     faults = Faults()
     with MiniHub() as hub:
         hub.fault = faults
@@ -109,7 +111,7 @@ def pushed(tiny_dir, tmp_path_factory):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         for command in ([sys.executable, *arguments], [*launcher, *arguments]):
             process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
-            assert process.returncode == 0, process.stderr[-5000:]
+            assert process.returncode == 0, process.stderr[-20000:]
         yield hub, json.loads((folder / "result.json").read_text()), faults, folder
 
 
@@ -153,8 +155,9 @@ def test_the_card_on_the_hub(pushed):
         assert len(alt) > 20 and files[name].startswith(b"\x89PNG")
     for step in result["round_trip"]["steps"]:
         manifest = json.loads(files[f"step-{step:06d}/manifest.json"])
-        assert manifest["step"] == step and manifest["outputs"]["kept"] in text or step != manifest["step"]
-    assert json.loads(files["data/manifest.json"])["step"] == result["round_trip"]["steps"][-1]
+        assert manifest["step"] == step
+    last = json.loads(files["data/manifest.json"])
+    assert last["step"] == result["round_trip"]["steps"][-1] and last["outputs"]["kept"] in text
 
 
 def test_every_selection_is_one_commit(pushed):
@@ -170,7 +173,8 @@ def test_what_was_there_stays(pushed):
     existing = result["existing"]
     front, body = existing["card"].split("---\n", 2)[1:]
     metadata = yaml.safe_load(front)
-    assert metadata["license"] == "mit" and metadata["language"] == ["en"]
+    # The run names a licence; where it does not, that of the card stays.
+    assert metadata["license"] == "cc-by-4.0" and metadata["language"] == ["en"]
     assert metadata["custom_field"] == {"nested": [1, "two"]}
     assert {"mine", "trl-bpo"} <= set(metadata["tags"])
     assert "# My own words" in body and "They took me *hours*." in body
@@ -178,7 +182,7 @@ def test_what_was_there_stays(pushed):
     assert existing["mine"] == {"prompt": ["mine"]}
     assert existing["default"] == result["round_trip"]["by_default"]
     # The step of an earlier run and shards of another size are gone, other files are not.
-    assert "notes.txt" in existing["files"] and existing["files"] and "mine/train.jsonl" in existing["files"]
+    assert "notes.txt" in existing["files"] and "mine/train.parquet" in existing["files"]
     assert not [path for path in existing["files"] if "777" in path or "00001-of-00002" in path]
     assert "step-000777" not in {config["config_name"] for config in metadata["configs"]}
     assert sorted(existing["files"]) == sorted(existing["files_first"])

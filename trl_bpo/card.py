@@ -17,22 +17,37 @@
 import dataclasses
 import html
 import re
+from collections.abc import Collection
 from dataclasses import KW_ONLY, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, List, Value
+import numpy as np
+import pyarrow as pa
+from datasets import Features, List, Value
 from huggingface_hub import (
     DatasetCard,
     DatasetCardData,
 )
 
-from .report import gini, pairs_per_prompt
+from .bpo_config import SELECTION_OPTIONS
+from .report import gini, pairs_per_prompt, statistics
 
 
+if TYPE_CHECKING:
+    from .depth import DepthSelection
+    from .pool import PairPool
+
+
+_BREADTH_OPTIONS = ("breadth_fraction", "breadth_clusters", "breadth_scope", "breadth_encoder", "num_responses", "temperature")
 _TEMPLATE = Path(__file__).parent / "templates" / "dataset_card.md"
-_TAGS = ["trl", "bpo", "preference", "dpo"]
+_TAGS = ["trl", "trl-bpo", "bpo", "preference", "dpo"]
+# What stands between them is ours to replace; what a publisher wrote around them stays.
+_BEGIN, _END = "<!-- trl_bpo:begin -->", "<!-- trl_bpo:end -->"
+_NOT_PARQUET = r"\.(jsonl?|csv|tsv|txt|arrow|zip|gz|tar)\b"
+# No name is longer. What is comes from data, and would bury the card.
+_MAX_CHARACTERS = 300
 
 _COLUMNS = {
     "prompt": "What the policy was asked",
@@ -110,6 +125,19 @@ class CuratedCardData:
         versions (`dict[str, str]`, *optional*):
             Versions of the packages. Defaults to the installed versions of `trl_bpo`, `trl`, `transformers`, `datasets`
             and `torch`.
+        language (`list[str]`, *optional*, defaults to `[]`):
+            Languages of the data, as codes of the Hub. None is ever assumed.
+        policy_revision (`str`, *optional*):
+            Commit of the policy.
+        statistics (`list[tuple[str, float | None, float | None]]`, *optional*, defaults to `[]`):
+            Measure, its value over the pool, and over the pairs that were kept, see [`~report.statistics`].
+        provenance (`dict[str, str]`, *optional*, defaults to `{}`):
+            SHA-256 digests and commits of what the data was made from, by name.
+        selections (`list[tuple[str, int, int]]`, *optional*, defaults to `[]`):
+            Name of the configuration, optimizer step and number of pairs of each selection in the repository.
+            [`push_run`] sets it.
+        has_pool (`bool`, *optional*, defaults to `False`):
+            Whether the repository has the pairs that were selected from. [`push_run`] sets it.
     """
 
     pretty_name: str
@@ -140,21 +168,38 @@ class CuratedCardData:
     has_pool: bool = False
 
     def to_dict(self) -> dict[str, Any]:
+        """
+        The fields as JSON has them.
+
+        Returns:
+            `dict[str, Any]`: Field -> value.
+        """
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "CuratedCardData":
-        content = dict(content)
-        content["pairs_per_prompt"] = {int(k): v for k, v in content["pairs_per_prompt"].items()}
-        for name in ("funnel", "statistics", "selections"):
-            content[name] = [tuple(row) for row in content[name]]
-        return cls(**content)
+        """
+        The data that [`~CuratedCardData.to_dict`] gave, after JSON.
+
+        Args:
+            content (`dict[str, Any]`):
+                Field -> value.
+
+        Returns:
+            [`CuratedCardData`]: The data.
+        """
+        tables = {name: [tuple(row) for row in content[name]] for name in ("funnel", "statistics", "selections")}
+        # JSON has no numbers as keys.
+        histogram = {int(kept): prompts for kept, prompts in content["pairs_per_prompt"].items()}
+        return cls(**{**content, **tables, "pairs_per_prompt": histogram})
 
 
 def _one_line(value: Any) -> str:
     # Names come from files, servers and models. A line break would end a table row or the front matter; control and
     # direction characters would show something else than what is written.
-    return "".join(char for char in " ".join(str(value).split()) if char.isprintable())
+    text = str(value)[: 10 * _MAX_CHARACTERS]
+    text = "".join(char for char in " ".join(text.split()) if char.isprintable())
+    return text if len(text) <= _MAX_CHARACTERS else text[: _MAX_CHARACTERS - 1] + "…"
 
 
 def _text(value: Any) -> str:
@@ -165,6 +210,8 @@ def _text(value: Any) -> str:
 
 
 def _value(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
@@ -181,6 +228,11 @@ def _name(name: Any) -> str:
 def _literal(name: str | None, otherwise: str) -> str:
     # What stands inside a string of the card's Python code is an ordinary name or a placeholder.
     return name if name and re.fullmatch(r"[\w./-]+", name) else otherwise
+
+
+def _hub_ids(names: list[str]) -> list[str]:
+    # A name without a namespace may as well be that of a file.
+    return [name for name in names if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, flags=re.ASCII)]
 
 
 def _table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -213,52 +265,66 @@ def _overview(data: CuratedCardData) -> list[tuple[str, ...]]:
         ("Source revision", _name(data.source_revision) if data.source_revision else "not recorded"),
         ("Source split", _name(data.source_split) if data.source_split else "not recorded"),
         ("Policy that wrote the responses", _name(data.policy_model) if data.policy_model else "not recorded"),
+        *([("Commit of the policy", _name(data.policy_revision))] if data.policy_revision else []),
         ("Judge", _name(data.judge) if data.judge else "not recorded"),
         ("Licence", _text(data.license) if data.license else "not set"),
     ]
     return [*rows, ("Date", _text(data.date))] if data.date else rows
 
 
+def _configurations(data: CuratedCardData) -> list[tuple[str, ...]]:
+    # A repository with one configuration needs no table.
+    if not data.selections:
+        return []
+    rows = [("`default`", _value(data.selections[-1][2]), f"the last selection, at step {data.selections[-1][1]}")]
+    rows += [(_name(name), _value(pairs), f"selection at step {step}") for name, step, pairs in data.selections]
+    if data.has_pool:
+        note = "all pairs that were selected from, with the columns of the last selection"
+        rows.append(("`pool`", "", note))
+    return rows
+
+
 def create_dataset_card(
-    features: Any,
+    features: Features,
     card_data: CuratedCardData,
     *,
     config_name: str = "default",
     pictures: dict[str, str] | None = None,
-    metadata: dict[str, Any] | None = None,
     configs: list[dict[str, Any]] | None = None,
 ) -> DatasetCard:
     """
     Write the card of a curated dataset.
 
     Args:
-        dataset ([`~datasets.Dataset`]):
-            The curated pairs. Size and columns are read from it.
+        features ([`~datasets.Features`]):
+            Columns of the curated pairs and their types.
         card_data ([`CuratedCardData`]):
             What the card shows.
         config_name (`str`, *optional*, defaults to `"default"`):
             Configuration of the dataset that the card describes.
-        picture (`str`, *optional*):
-            Path, beside the card, of the picture of the pairs per prompt. Without it the card has the table only.
-        metadata (`dict[str, Any]`, *optional*):
-            Fields for the front matter that the card does not set itself, such as the `configs` and `dataset_info` of
-            an earlier card. Its tags are kept, and so is its licence if `card_data` has none.
+        pictures (`dict[str, str]`, *optional*):
+            Path, beside the card, of each picture -> its alt text.
+        configs (`list[dict[str, Any]]`, *optional*):
+            Configurations of the repository and their files, for the front matter.
 
     Returns:
         [`~huggingface_hub.DatasetCard`]: The card.
     """
-    metadata = metadata or {}
-    # A card that was edited by hand may name several licences.
-    license = metadata.get("license") if card_data.license is None else _one_line(card_data.license)
-    data = dataclasses.replace(card_data, license=", ".join(license) if isinstance(license, list) else license)
-    fields = {
+    data = card_data
+    fields: dict[str, Any] = {
         "pretty_name": _one_line(data.pretty_name),
-        "tags": list(dict.fromkeys([*metadata.get("tags", []), *_TAGS])),
+        "tags": _TAGS,
         "task_categories": ["text-generation"],
-        "size_categories": [_size_category(card_data.num_pairs)],
+        "size_categories": [_size_category(data.num_pairs)],
     }
-    if license:
-        fields["license"] = license
+    if data.license is not None:
+        fields["license"] = _one_line(data.license)
+    if data.language:
+        fields["language"] = [_one_line(language) for language in data.language]
+    if sources := _hub_ids(data.source_datasets):
+        fields["source_datasets"] = sources
+    if data.policy_model and (base := _hub_ids([data.policy_model])):
+        fields["base_model"] = base[0]
     if configs:
         fields["configs"] = configs
     descriptions = {**_COLUMNS, **data.columns}
@@ -266,14 +332,16 @@ def create_dataset_card(
     arguments = [f'"{_literal(data.repo_id, "path/to/this/folder")}"']
     if config_name != "default":
         arguments.append(f'"{config_name}"')
-    bars = "; ".join(f"{kept}: {prompts:,}" for kept, prompts in histogram.items())
     return DatasetCard.from_template(
-        DatasetCardData(**{**metadata, **fields}),
+        DatasetCardData(**fields),
         template_path=str(_TEMPLATE),
+        begin=_BEGIN,
+        end=_END,
         title=_text(data.pretty_name),
         config_name=config_name,
         strategy=None if data.depth_strategy == "gradient" else _name(data.depth_strategy),
         overview_table=_table(("Property", "Value"), _overview(data)),
+        configs_table=_table(("Configuration", "Pairs", "Content"), _configurations(data)),
         funnel_table=_table(
             ("Stage", "Rows kept", "Note"),
             [(_text(stage), _value(rows), _text(note)) for stage, rows, note in data.funnel],
@@ -281,18 +349,24 @@ def create_dataset_card(
         settings_table=_table(
             ("Option", "Value", "Note"),
             [
-                (_name(key), _value(value), _text(data.setting_notes.get(key, "")))
+                (_name(key), _name(value), _text(data.setting_notes.get(key, "")))
                 for key, value in data.settings.items()
             ],
+        ),
+        statistics_table=_table(
+            ("Measure", "Pool", "Kept"),
+            [(_text(measure), _value(pool), _value(kept)) for measure, pool, kept in data.statistics],
         ),
         metrics_table=_table(
             ("Measure", "Value"), [(_text(key), _value(value)) for key, value in data.metrics.items()]
         ),
+        provenance_table=_table(
+            ("What", "SHA-256 or commit"), [(_text(key), _name(value)) for key, value in data.provenance.items()]
+        ),
         pairs_table=_table(
             ("Pairs kept", "Prompts"), [(_value(kept), _value(prompts)) for kept, prompts in histogram.items()]
         ),
-        picture=next(iter(pictures), None) if pictures else None,
-        picture_alt=f"Bar chart of the prompts by the number of pairs that they kept ({bars})",
+        pictures=[(path, _text(alt)) for path, alt in (pictures or {}).items()],
         mean=_value(sum(kept * n for kept, n in histogram.items()) / max(1, sum(histogram.values()))),
         gini=_value(gini(histogram)),
         columns_table=_table(
@@ -312,25 +386,136 @@ def create_dataset_card(
     )
 
 
-def merge_card(existing: str | None, card: DatasetCard, dropped_configs: set[str] = frozenset()) -> DatasetCard:
-    return card
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
-def card_data_of_run(pool: Any, pool_table: Any, selection: Any, manifest: Any, args: Any, fields: dict) -> CuratedCardData:
-    dataset = selection.kept(pool.pairs)
-    kept, fields = list(map(str, dataset["prompt_id"])), dict(fields)
+def merge_card(existing: str | None, card: DatasetCard, dropped_configs: Collection[str] = ()) -> DatasetCard:
+    """
+    Put a card in the place of one that is in the repository, and keep what is not ours.
+
+    Fields of the front matter that our card does not have stay, `license` and `language` among them; tags are added to. Of
+    `configs` and `dataset_info` the entries of other configurations stay. Text around the section of `trl_bpo` stays; a
+    card that has none gets it at its end.
+
+    Args:
+        existing (`str`, *optional*):
+            The card in the repository, `None` if there is none.
+        card ([`~huggingface_hub.DatasetCard`]):
+            Our card.
+        dropped_configs (`Collection[str]`, *optional*):
+            Configurations that are no longer in the repository.
+
+    Returns:
+        [`~huggingface_hub.DatasetCard`]: The card to push.
+
+    Raises:
+        `ValueError`: If the front matter of the card in the repository cannot be read, or if the repository has data in
+            another format.
+    """
+    if existing is None:
+        return card
+    try:
+        old = DatasetCard(existing)
+        theirs, ours = old.data.to_dict(), card.data.to_dict()
+        for name, values in {"tags": theirs.get("tags"), "source_datasets": theirs.get("source_datasets")}.items():
+            if values or name in ours:
+                ours[name] = list(dict.fromkeys([*_as_list(values), *ours.get(name, [])]))
+        replaced = {config["config_name"] for config in ours.get("configs", [])} | set(dropped_configs)
+        others = [one for one in _as_list(theirs.pop("configs", None)) if one.get("config_name") not in replaced]
+        # `load_dataset` goes by the features that are listed for a configuration, whatever its files hold.
+        infos = theirs.pop("dataset_info", None)
+        kept = [one for one in _as_list(infos) if one.get("config_name", "default") not in replaced]
+    except Exception as error:
+        raise ValueError(
+            f"The front matter of the `README.md` in the repository cannot be read: {error}\nMend it or delete the file, "
+            "then push again. It was not overwritten."
+        ) from error
+    if foreign := [one["config_name"] for one in others if re.search(_NOT_PARQUET, str(one.get("data_files")))]:
+        raise ValueError(
+            f"The repository has configurations of another format than Parquet: {foreign}. `load_dataset` reads all of a "
+            "repository in one format, so that either they or the pushed data could not be loaded any more. Push to "
+            "another repository."
+        )
+    metadata = {**theirs, **ours}
+    if others or "configs" in ours:
+        metadata["configs"] = [*others, *ours.get("configs", [])]
+    if kept:
+        # A lone entry stands in the card without a list.
+        metadata["dataset_info"] = kept if isinstance(infos, list) else kept[0]
+    before, begin, rest = old.text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not (begin and end):
+        before, after = (old.text.rstrip() + "\n\n" if old.text.strip() else ""), "\n"
+    _, begin, rest = card.text.partition(_BEGIN)
+    section, end, _ = rest.partition(_END)
+    front = DatasetCardData(**metadata).to_yaml()
+    return DatasetCard(f"---\n{front}\n---\n{before.lstrip()}{begin}{section}{end}{after}")
+
+
+def card_data_of_run(
+    pool: "PairPool",
+    pool_table: pa.Table,
+    selection: "DepthSelection",
+    manifest: dict[str, Any],
+    args: Any,
+    fields: dict[str, Any],
+) -> CuratedCardData:
+    """
+    What a training knows of a selection, for its card.
+
+    Args:
+        pool ([`~pool.PairPool`]):
+            The pairs that were selected from.
+        pool_table (`pyarrow.Table`):
+            What is known of them, see [`~selection_state.save_pool`].
+        selection ([`DepthSelection`]):
+            The selection.
+        manifest (`dict[str, Any]`):
+            Its manifest.
+        args ([`BPOConfig`]):
+            Arguments of the run.
+        fields (`dict[str, Any]`):
+            Fields of [`CuratedCardData`] that a training cannot know. They add to those of `funnel`, `settings` and
+            `provenance` and replace the others.
+
+    Returns:
+        [`CuratedCardData`]: The data of the card.
+    """
+    fields, inputs = dict(fields), manifest["inputs"]
+    kept = [pool.prompt_ids[row] for row in np.flatnonzero(selection.selected)]
+    # Pairs that were built from saved scores say who gave them.
+    if "judge" in pool.pairs.column_names:
+        judges = pool.pairs.unique("judge")
+        if len(judges) == 1 and isinstance(judges[0], str):
+            fields.setdefault("judge", judges[0])
     funnel = list(fields.pop("funnel", [("pairs", pool.num_given, "as they came in")]))
     if dropped := pool.num_given - len(pool.pairs):
         funnel.append(("pairs that fit", len(pool.pairs), f"{dropped} whose prompt fills `max_length` dropped"))
+    provenance = {
+        "ids of the pairs that were selected from": inputs["pool"],
+        "ids of the pairs that were kept": manifest["outputs"]["kept"],
+        "chat template": inputs["chat_template"],
+        "commit of the model that was trained": inputs["model_commit"],
+        "model that the gradients were taken of": inputs.get("model_fingerprint"),
+    }
+    settings = {"model": inputs["model"], **manifest["parameters"], "processes": inputs["num_processes"]}
     data = CuratedCardData(
         pretty_name=f"Pairs that BPO kept for {Path(str(args.output_dir)).name}",
         depth_strategy=args.depth_strategy,
         num_pairs=len(kept),
         num_prompts=len(set(kept)),
-        funnel=[*funnel, ("pairs kept (depth)", len(kept), f"by {args.depth_strategy} at step {manifest['step']}")],
-        settings=fields.pop("settings", {}) | manifest["parameters"],
         license=args.curated_dataset_license,
+        date=manifest["date"],
+        funnel=[*funnel, ("pairs kept (depth)", len(kept), f"by {args.depth_strategy} at step {manifest['step']}")],
+        settings=fields.pop("settings", {}) | settings,
+        setting_notes=dict.fromkeys((*SELECTION_OPTIONS, *_BREADTH_OPTIONS), "not specified by the paper") | {"seed": ""},
         metrics=dict(selection.metrics),
+        statistics=statistics(pool_table, selection.selected),
         pairs_per_prompt=pairs_per_prompt(pool.prompt_ids, kept),
+        versions=manifest["versions"],
+        provenance=fields.pop("provenance", {}) | {name: value for name, value in provenance.items() if value},
     )
+    if args.curated_dataset_license is not None:
+        fields.pop("license", None)
     return dataclasses.replace(data, **fields)

@@ -12,22 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a run made, for people: the table at the end of a run and the picture of how many pairs each prompt kept."""
+"""The numbers behind the pictures and tables of a run. Nothing here draws."""
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-# Two colours of Okabe and Ito's palette that stay apart under every kind of colour blindness, and in print.
-_KEPT, _NONE = "#0072B2", "#E69F00"
-# Beyond this many bars their counts would run into each other.
-_MAX_LABELLED_BARS = 20
+import numpy as np
+import pyarrow as pa
 
 
 def pairs_per_prompt(prompt_ids_pool: Sequence[str], prompt_ids_kept: Sequence[str]) -> dict[int, int]:
@@ -79,72 +70,45 @@ def gini(histogram: dict[int, int]) -> float:
     return differences / (2 * prompts * pairs)
 
 
-def _pairs_per_prompt_figure(histogram: dict[int, int], title: str | None = None) -> "Figure":
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-    except ImportError as error:
-        raise ImportError(
-            "`plot_pairs_per_prompt` requires the `matplotlib` package. Install it with `pip install 'trl_bpo[report]'`."
-        ) from error
-
-    prompts = sum(histogram.values())
-    if not prompts:
-        raise ValueError("`histogram` counts no prompt. Pass the result of `pairs_per_prompt` for a pool with rows.")
-    mean = sum(kept * count for kept, count in histogram.items()) / prompts
-    # At least four places, so that one or two bars do not fill the whole width.
-    kept = range(max(3, *histogram) + 1)
-    counts = [histogram.get(k, 0) for k in kept]
-
-    # A Figure without pyplot touches no global state: neither the user's backend nor open figures.
-    figure = Figure(figsize=(7, 4.2), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
-    axes = figure.add_subplot()
-    bars = axes.bar(kept, counts, width=0.8, color=[_NONE if k == 0 else _KEPT for k in kept])
-    if len(counts) <= _MAX_LABELLED_BARS:
-        axes.bar_label(bars, labels=[f"{count:,}" for count in counts], padding=3, fontsize=9, color="#333333")
-    # `$` would open a formula in matplotlib's text.
-    heading = (title or "Pairs per prompt").replace("$", r"\$")
-    axes.set_title(heading, loc="left", fontsize=13, fontweight="bold", pad=28)
-    axes.annotate(
-        f"{prompts:,} prompts, {histogram.get(0, 0):,} without a pair; mean {mean:.2f}, Gini {gini(histogram):.2f}",
-        xy=(0, 1),
-        xycoords="axes fraction",
-        xytext=(0, 12),
-        textcoords="offset points",
-        fontsize=10,
-        color="#555555",
-    )
-    axes.set_xlabel("Pairs kept of a prompt")
-    axes.set_ylabel("Prompts")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=_MAX_LABELLED_BARS))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.margins(y=0.1)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    return figure
-
-
-def plot_pairs_per_prompt(histogram: dict[int, int], path: str | Path, title: str | None = None) -> None:
+def statistics(pool: pa.Table, selected: np.ndarray) -> list[tuple[str, float | None, float | None]]:
     """
-    Draw how many prompts kept how many pairs, with the prompts that kept none as a bar of its own.
+    Scores and lengths before and after a selection.
 
     Args:
-        histogram (`dict[int, int]`):
-            Number of kept pairs -> number of prompts, as [`pairs_per_prompt`] returns it.
-        path (`str` or `Path`):
-            File to write; its suffix chooses the format.
-        title (`str`, *optional*):
-            Title of the picture. Mean and Gini coefficient stand in the line below it.
+        pool (`pyarrow.Table`):
+            One row a pair, see [`~selection_state.save_pool`].
+        selected (`np.ndarray` of shape `(n,)`, bool):
+            Whether each pair was kept.
 
-    Raises:
-        `ImportError`: If `matplotlib` is not installed.
-        `ValueError`: If the histogram counts no prompt.
+    Returns:
+        `list[tuple[str, float | None, float | None]]`: Measure, its value over the pool, and over the kept pairs. Measures
+        of columns that the pool lacks are left out; a value is `None` where no row has it.
     """
-    _pairs_per_prompt_figure(histogram, title).savefig(path, dpi=150)
+    columns = {}
+    for name in ("score_chosen", "score_rejected", "chosen_tokens", "rejected_tokens"):
+        if name in pool.column_names:
+            columns[name] = pool[name].to_numpy(zero_copy_only=False).astype(np.float64)
+    measures: dict[str, tuple[np.ndarray, bool]] = {}
+    if {"score_chosen", "score_rejected"} <= set(columns):
+        measures["score of the chosen response, mean"] = (columns["score_chosen"], False)
+        measures["score of the rejected response, mean"] = (columns["score_rejected"], False)
+        measures["margin of the scores, mean"] = (columns["score_chosen"] - columns["score_rejected"], False)
+    for side in ("chosen", "rejected"):
+        if f"{side}_tokens" in columns:
+            measures[f"tokens of the {side} response, mean"] = (columns[f"{side}_tokens"], False)
+            measures[f"tokens of the {side} response, median"] = (columns[f"{side}_tokens"], True)
+    if {"chosen_tokens", "rejected_tokens"} <= set(columns):
+        longer = columns["chosen_tokens"] > columns["rejected_tokens"]
+        measures["share where the chosen response is longer"] = (longer.astype(np.float64), False)
+
+    def summary(values: np.ndarray, median: bool) -> float | None:
+        values = values[np.isfinite(values)]
+        return None if len(values) == 0 else float(np.median(values) if median else values.mean())
+
+    return [
+        (name, summary(values, median), summary(values[selected], median))
+        for name, (values, median) in measures.items()
+    ]
 
 
 def summary_table(rows: list[tuple[str, str | int | float, str]]) -> str:
