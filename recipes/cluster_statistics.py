@@ -27,13 +27,11 @@ import numpy as np
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
 
-from trl_bpo.clustering import Clustering, budget, cluster, nearest_to_centre, rank_in_groups
+from trl_bpo.clustering import Clustering, budget, cluster, gaussian_like, nearest_to_centre, rank_in_groups
 
 
 LENGTH_BINS = 4
 NEIGHBOURS = 5
-# After ten, variances of real and of random features are met to within a percent.
-CALIBRATION_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -131,49 +129,6 @@ def spectral(x: np.ndarray, n_clusters: int) -> np.ndarray:
     root = 1 / np.sqrt(affinity.sum(axis=1))
     _, vectors = np.linalg.eigh(affinity * np.outer(root, root))
     return unit(vectors[:, -n_clusters:])
-
-
-def gaussian_like(x: np.ndarray, normalize: bool) -> Callable[[np.random.Generator], np.ndarray]:
-    """
-    Draw Gaussian samples that have the sample mean and the sample covariance of some rows.
-
-    Given both, the left singular vectors of a centred Gaussian sample are uniformly distributed over the orthonormal
-    ones. So rows that are Gaussian themselves cannot be told from a draw, whatever their covariance and their number.
-
-    Scaling to unit length takes from the variance along the leading components. Features had that happen to them, so a
-    Gaussian with their covariance would have it happen twice, and K-means would explain less of it. So where samples are
-    to be scaled, variances and mean of the Gaussian are set such that the scaled sample has those of the rows.
-
-    Args:
-        x (`np.ndarray` of shape `(n, d)`):
-            The rows, of unit length if `normalize`.
-        normalize (`bool`):
-            Whether to scale samples to unit length.
-
-    Returns:
-        `Callable`: From a random generator to a sample of the same shape.
-    """
-    centre = x.mean(axis=0)
-    values, vectors = np.linalg.eigh((x - centre).T @ (x - centre))
-    real = values > 1e-10 * values[-1]
-    # In the basis of the principal components.
-    centre, scales = centre @ vectors, np.sqrt(np.where(real, values, 0.0))
-
-    def draw(rng: np.random.Generator) -> np.ndarray:
-        normal = rng.standard_normal((len(x), real.sum()))
-        orthonormal = np.zeros_like(x)
-        orthonormal[:, real], _ = np.linalg.qr(normal - normal.mean(axis=0))
-        if not normalize:
-            return (orthonormal * scales + centre) @ vectors.T
-        own_centre, own_scales = centre.copy(), scales.copy()
-        for _ in range(CALIBRATION_STEPS):
-            sample = unit(orthonormal * own_scales + own_centre)
-            mean = sample.mean(axis=0)
-            own_scales[real] *= (scales / np.linalg.norm(sample - mean, axis=0))[real]
-            own_centre += centre - mean
-        return unit(orthonormal * own_scales + own_centre) @ vectors.T
-
-    return draw
 
 
 def redrawn(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -256,8 +256,9 @@ def test_each_selection_is_saved(tiny_dir, tmp_path):
     trainer.train()
     folder = tmp_path / "_selections"
     assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.*")) == [
-        *("step-000000.json", "step-000000.parquet", "step-000000/train.parquet"),
-        *("step-000005.json", "step-000005.parquet", "step-000005/train.parquet"),
+        *("card.json", "index.json", "pool.parquet", "sample.safetensors"),
+        *("step-000000.json", "step-000000.parquet", "step-000000/manifest.json", "step-000000/train.parquet"),
+        *("step-000005.json", "step-000005.parquet", "step-000005/manifest.json", "step-000005/train.parquet"),
     ]
     for step, selected in trainer.selections:
         kept = load_dataset(str(folder / f"step-{step:06d}"), split="train", cache_dir=str(tmp_path / "cache"))
@@ -817,7 +818,7 @@ def test_the_published_script_of_trl_with_two_names_replaced(tiny_dir, tmp_path)
     assert result.returncode == 0, result.stderr
     names = {entry.name for entry in (tmp_path / "out").iterdir()}
     assert {"adapter_model.safetensors", "_selections", "_curated_dataset"} <= names
-    assert len(list((tmp_path / "out" / "_selections").glob("*.json"))) == 3
+    assert len(list((tmp_path / "out" / "_selections").glob("step-*.json"))) == 3
     saved = load_dataset(str(tmp_path / "out" / "_curated_dataset"), cache_dir=str(tmp_path / "cache"))
     assert len(saved["train"]) == 7
 
@@ -853,7 +854,7 @@ def test_a_curated_dataset_that_cannot_be_saved_does_not_cost_the_model(tiny_dir
     # A file stands where the folder should be.
     (tmp_path / "_curated_dataset").write_text("")
     trainer.train()
-    assert "could not be saved in" in caplog.text and len(trainer.curated_dataset) == 9
+    assert "could not be saved" in caplog.text and len(trainer.curated_dataset) == 9
     trainer.save_model()
     assert (tmp_path / "adapter_model.safetensors").is_file()
 

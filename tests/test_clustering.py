@@ -23,6 +23,7 @@ from trl_bpo.clustering import (
     check_n_clusters,
     cluster,
     default_n_clusters,
+    gaussian_like,
     gaussian_variance_explained,
     nearest_to_centre,
 )
@@ -178,20 +179,25 @@ def test_the_seed_decides():
     assert not np.array_equal(labels[0], labels[2])
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_gaussian_has_the_mean_and_covariance_of_the_features(normalize):
-    # Neither centred nor round: a sample that lost the mean or a direction would explain something else.
-    rng = np.random.default_rng(0)
-    mix, mean = rng.standard_normal((6, 6)) * np.array([4, 2, 1, 1, 0.5, 0.1])[:, None], 3 * rng.standard_normal(6)
-    features = rng.standard_normal((400, 6)) @ mix + mean
-    if normalize:
-        features /= np.linalg.norm(features, axis=1, keepdims=True)
-    values = [gaussian_variance_explained(features, ids_of(400), 6, seed, normalize) for seed in range(4)]
-    samples = rng.multivariate_normal(features.mean(axis=0), np.cov(features.T), size=(4, 400))
-    if normalize:
-        samples /= np.linalg.norm(samples, axis=2, keepdims=True)
-    expected = [cluster(sample, ids_of(400), 6, seed).variance_explained for seed, sample in enumerate(samples)]
-    assert np.mean(values) == pytest.approx(np.mean(expected), abs=0.04)
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize(("n", "dim"), [(60, 20), (20, 20), (20, 50)])
+def test_gaussian_has_the_mean_and_the_covariance_of_the_features(n, dim):
+    x = 3 + np.random.default_rng(0).standard_normal((n, dim)) * np.arange(1, dim + 1)
+    sample = gaussian_like(x, normalize=False)(np.random.default_rng(1))
+    np.testing.assert_allclose(sample.mean(axis=0), x.mean(axis=0))
+    np.testing.assert_allclose(np.cov(sample.T), np.cov(x.T), atol=1e-8 * dim**2)
+    assert np.abs(sample - x).max() > 1
+    # Of unit length, the variances along the principal components.
+    x = unit(x)
+    sample = gaussian_like(x, normalize=True)(np.random.default_rng(1))
+    values, vectors = np.linalg.eigh(np.cov(x.T))
+    np.testing.assert_allclose(np.linalg.norm(sample, axis=1), 1.0)
+    np.testing.assert_allclose(sample.mean(axis=0), x.mean(axis=0), atol=0.01)
+    leading = values > 0.05 * values[-1]
+    np.testing.assert_allclose(np.var(sample @ vectors, axis=0, ddof=1)[leading], values[leading], rtol=0.05)
 
 
 def test_planted_clusters_explain_more_than_the_gaussian():
@@ -202,7 +208,7 @@ def test_planted_clusters_explain_more_than_the_gaussian():
 
 
 def test_gaussian_does_not_depend_on_row_order():
-    features = np.random.default_rng(0).standard_normal((50, 4))
+    features = unit(np.random.default_rng(0).standard_normal((50, 4)))
     ids, order = np.asarray(ids_of(50)), np.random.default_rng(1).permutation(50)
     assert gaussian_variance_explained(features, ids.tolist(), 4) == gaussian_variance_explained(
         features[order], ids[order].tolist(), 4
@@ -262,13 +268,43 @@ def test_row_order_does_not_matter_to_the_farthest(scope):
     assert set(ids[order][nearest_to_centre(again, ids[order].tolist(), 20, scope, farthest=True)]) == kept
 
 
-def test_gaussian_features_explain_no_more_and_no_less_than_their_gaussian():
-    # Fewer rows than dimensions, and uneven variances: a sample with a covariance of its own would explain more.
+def differences_to_gaussian(normalize, scales, n=80, k=6, draws=12):
     rng = np.random.default_rng(0)
-    features, null = [], []
-    for seed in range(12):
-        x = rng.standard_normal((80, 200)) * np.linspace(0.2, 2.0, 200)
-        features.append(cluster(x, ids_of(80), 6, seed).variance_explained)
-        null.append(gaussian_variance_explained(x, ids_of(80), 6, seed, normalize=False))
-    difference = np.subtract(features, null)
-    assert abs(difference.mean()) < 3 * difference.std(ddof=1) / np.sqrt(12)
+    differences = []
+    for seed in range(draws):
+        x = rng.standard_normal((n, len(scales))) * scales
+        x = unit(x) if normalize else x
+        features = cluster(x, ids_of(n), k, seed).variance_explained
+        differences.append(features - gaussian_variance_explained(x, ids_of(n), k, seed, normalize))
+    return np.asarray(differences)
+
+
+@pytest.mark.parametrize("dim", [200, 40])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gaussian_features_explain_no_more_and_no_less_than_their_gaussian(normalize, dim):
+    # More dimensions than rows, and uneven variances: a sample with a covariance of its own would explain more.
+    differences = differences_to_gaussian(normalize, np.linspace(0.2, 2.0, dim))
+    assert abs(differences.mean()) < 3 * differences.std(ddof=1) / np.sqrt(len(differences))
+
+
+def test_gaussian_of_unit_length_holds_where_the_spectrum_falls_steeply():
+    # A sample that is scaled once more than the features were would explain a fifth less.
+    differences = differences_to_gaussian(True, np.geomspace(1, 0.01, 60), n=200)
+    assert abs(differences.mean()) < 3 * differences.std(ddof=1) / np.sqrt(len(differences))
+    assert differences.std(ddof=1) < 0.03
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        np.full((6, 3), 1 / 3**0.5),
+        # On one line through the origin, almost all on one side: a sample may fall on that side alone.
+        np.asarray([[1.0, 0.0]] * 11 + [[-1.0, 0.0]]),
+        np.asarray([[0.6, 0.8], [0.8, 0.6]]),
+        np.ones((1, 1)),
+    ],
+)
+def test_gaussian_of_degenerate_features(features):
+    for seed in range(8):
+        value = gaussian_variance_explained(features, ids_of(len(features)), min(2, len(features)), seed)
+        assert 0.0 <= value <= 1.0

@@ -101,6 +101,6 @@ def test_an_error_of_the_main_process_reaches_all(processes):
 
 
 def test_files_are_written_once(processes, folder, tmp_path):
-    assert len(list((folder / "sigmoid" / "_selections").glob("*.parquet"))) == 3
+    assert len(list((folder / "sigmoid" / "_selections").glob("step-*.parquet"))) == 3
     saved = load_dataset(str(folder / "sigmoid" / "_curated_dataset"), split="train", cache_dir=str(tmp_path))
     assert saved["pair_id"] == processes[0]["sigmoid"]["curated"]["pair_id"]

@@ -24,7 +24,7 @@ from datasets import Dataset, load_dataset
 from minihub import MiniHub
 from tiny import tiny_model_dir
 
-from trl_bpo.card import CuratedCardData, create_dataset_card
+from trl_bpo.card import CuratedCardData
 from trl_bpo.hub import push_curated_dataset, save_curated_dataset
 
 
@@ -112,224 +112,6 @@ def split_card(card):
     return yaml.safe_load(front_matter), body
 
 
-def sections(body):
-    parts = re.split(r"^## (.+)$", body, flags=re.MULTILINE)
-    return {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
-
-
-def table(text):
-    rows = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return rows[:1] + rows[2:]
-
-
-class TestCreateDatasetCard:
-    def test_whole_card(self):
-        card = create_dataset_card(make_dataset(), make_card_data(), picture="pairs_per_prompt.png")
-        metadata, body = split_card(card)
-        assert metadata == {
-            "pretty_name": "Arena pairs",
-            "license": "cc-by-4.0",
-            "tags": ["trl", "bpo", "preference", "dpo"],
-            "task_categories": ["text-generation"],
-            "size_categories": ["n<1K"],
-        }
-        parts = sections(body)
-        assert list(parts) == [
-            "",
-            "How the data was curated",
-            "Settings",
-            "Measured on the selection",
-            "Pairs per prompt",
-            "Columns",
-            "Use",
-            "Limits",
-            "Citation",
-            "Versions",
-        ]
-        assert parts[""].startswith("\n# Arena pairs\n")
-        assert (
-            "[BPO: Towards Balanced Preference Optimization between Knowledge Breadth and Depth in Alignment]"
-            "(https://huggingface.co/papers/2411.10914)" in parts[""]
-        )
-        assert table(parts[""]) == [
-            ["Property", "Value"],
-            ["Pairs", "4"],
-            ["Prompts", "2"],
-            ["Source data", "`org/source`, `prompts.jsonl`"],
-            ["Source revision", "`abc123`"],
-            ["Source split", r"train\[:10%\]"],
-            ["Policy that wrote the responses", "`org/policy-1B`"],
-            ["Judge", "`gpt-4.1`"],
-            ["Licence", "cc-by-4.0"],
-            ["Date", "2026-05-04"],
-        ]
-        assert table(parts["How the data was curated"]) == [
-            ["Stage", "Rows kept", "Note"],
-            ["source", "61,135", "rows read"],
-            ["breadth", "6,113", "nearest to their centres"],
-            ["depth", "4", ""],
-        ]
-        assert table(parts["Settings"]) == [
-            ["Option", "Value", "Note"],
-            ["`breadth_fraction`", "0.1", ""],
-            ["`num_responses`", "4", "not specified by the paper"],
-            ["`normalize`", "`True`", ""],
-            ["`seed`", "`None`", ""],
-        ]
-        assert table(parts["Measured on the selection"]) == [
-            ["Measure", "Value"],
-            ["variance explained", "0.05432"],
-            ["variance explained, Gaussian", "0.061"],
-        ]
-        assert table(parts["Pairs per prompt"]) == [
-            ["Pairs kept", "Prompts"],
-            ["0", "1,500"],
-            ["1", "1"],
-            ["3", "1"],
-        ]
-        assert re.search(r"!\[Bar chart.*0: 1,500; 1: 1; 3: 1.*\]\(pairs_per_prompt\.png\)", parts["Pairs per prompt"])
-        assert "Mean 0.002663 pairs a prompt, Gini coefficient 0.999," in parts["Pairs per prompt"]
-        messages = "`list of {role: string, content: string}`"
-        assert [row[:2] for row in table(parts["Columns"])[1:4]] == [
-            ["`prompt`", messages],
-            ["`chosen`", messages],
-            ["`rejected`", messages],
-        ]
-        assert table(parts["Columns"])[4:] == [
-            ["`score_chosen`", "`float64`", "Score of the better response"],
-            ["`topic`", "`string`", "Topic of the source row"],
-        ]
-        assert 'load_dataset("path/to/this/folder", split="train")' in parts["Use"]
-        assert "DPOTrainer(" in parts["Use"] and 'model="org/policy-1B"' in parts["Use"]
-        assert "written by a language model" in parts["Limits"] and "judge" in parts["Limits"]
-        assert "@inproceedings{wang2025bpo" in parts["Citation"] and "Sizhe Wang and Yongqi Tong" in parts["Citation"]
-        assert table(parts["Versions"]) == [["Package", "Version"], ["`trl_bpo`", "`0.1.0`"], ["`trl`", "`1.16.0`"]]
-        # No code fence, table or section is left open or runs into the next one.
-        assert body.count("```") == 6
-        assert "\n\n\n" not in body
-        assert "{{ " not in body and "{%" not in body
-
-    def test_least_card(self):
-        data = CuratedCardData("Pairs", num_pairs=4, num_prompts=2)
-        metadata, body = split_card(create_dataset_card(make_dataset(), data))
-        assert "license" not in metadata
-        overview = dict(table(sections(body)[""]))
-        assert overview["Licence"] == "not set"
-        assert overview["Judge"] == overview["Policy that wrote the responses"] == "not recorded"
-        assert overview["Source data"] == overview["Source revision"] == "not recorded"
-        assert "the publisher has to set a licence" in body
-        assert "Measured on the selection" not in body and "Pairs per prompt" not in body
-        assert "Date" not in overview
-        assert set(data.versions) == {"trl_bpo", "trl", "transformers", "datasets", "torch"}
-
-    @pytest.mark.parametrize("judge", ["gpt-4.1", None])
-    @pytest.mark.parametrize("policy_model", ["org/policy-1B", None])
-    def test_card_claims_nothing_that_is_not_recorded(self, policy_model, judge):
-        card = create_dataset_card(make_dataset(), make_card_data(policy_model=policy_model, judge=judge))
-        parts = sections(split_card(card)[1])
-        intro, limits = " ".join(parts[""].split()), parts["Limits"]
-        overview = dict(table(parts[""]))
-        assert ("collects several responses" in intro) == (policy_model is not None)
-        assert "the prompts nearest to the centres stay), " in intro
-        assert "*depth*). How many pairs a prompt keeps is the outcome, not a setting. | Property" in intro
-        assert ("written by a language model" in limits) == (policy_model is not None)
-        assert ("decided by a judge" in limits) == (judge is not None)
-        assert limits.count("is not recorded") == (policy_model, judge).count(None)
-        assert [line[:2] for line in limits.strip().splitlines()] == ["- "] * 4
-        assert overview["Policy that wrote the responses"] == (f"`{policy_model}`" if policy_model else "not recorded")
-        assert ("org/policy-1B" if policy_model else "path/to/the/policy") in parts["Use"]
-
-    def test_no_picture(self):
-        assert "![" not in str(create_dataset_card(make_dataset(), make_card_data()))
-
-    def test_repository_and_configuration(self):
-        card = create_dataset_card(make_dataset(), make_card_data(repo_id="me/kept"), config_name="round2")
-        assert 'load_dataset("me/kept", "round2", split="train")' in str(card)
-        assert "describes the configuration `round2`" in str(card)
-
-    @pytest.mark.parametrize(
-        "num_rows, category",
-        [(999, "n<1K"), (1000, "1K<n<10K"), (10**5, "100K<n<1M"), (10**7, "n>10M")],
-    )
-    def test_size_category(self, num_rows, category):
-        dataset = Dataset.from_dict({"prompt": [""] * num_rows})
-        assert create_dataset_card(dataset, make_card_data()).data.size_categories == [category]
-
-    def test_fields_of_an_earlier_card(self):
-        metadata = {
-            "license": ["mit", "odc-by"],
-            "tags": ["own", "dpo"],
-            "language": ["en"],
-            "configs": [{"config_name": "old"}],
-        }
-        card = create_dataset_card(make_dataset(), make_card_data(license=None), metadata=metadata)
-        assert card.data.license == ["mit", "odc-by"]
-        assert card.data.tags == ["own", "dpo", "trl", "bpo", "preference"]
-        assert card.data.language == ["en"]
-        assert card.data.to_dict()["configs"] == [{"config_name": "old"}]
-        assert dict(table(sections(str(card))[""]))["Licence"] == "mit, odc-by"
-        assert create_dataset_card(make_dataset(), make_card_data(), metadata=metadata).data.license == "cc-by-4.0"
-
-    @pytest.mark.parametrize(
-        "nasty",
-        [
-            "a\n---\nlicense: mit\n---\n# Owned",
-            "a | b | c",
-            "<script>alert(1)</script>",
-            "```\n<img src=x onerror=alert(1)>",
-            "`a` **b** [c](javascript:d) ![e](f) __g__",
-            "x: {y}\u2028: [z] # 'w' \"v\" \\ \u202e \x00\x1b[31m",
-            '"); import os; ("',
-            "{{ title }}{% raw %}",
-            "&lt;b&gt; $x$ ~~y~~ \\|",
-            "- item",
-        ],
-    )
-    def test_names_cannot_break_out(self, nasty):
-        harmless, dangerous = (
-            create_dataset_card(
-                # A column's name cannot hold a NUL.
-                Dataset.from_dict({"prompt": ["a"], name.replace("\x00", ""): ["b"]}),
-                make_card_data(
-                    pretty_name=name,
-                    policy_model=name,
-                    judge=name,
-                    source_datasets=[name],
-                    source_revision=name,
-                    source_split=name,
-                    license=name,
-                    repo_id=name,
-                    date=name,
-                    funnel=[(name, 1, name)],
-                    settings={name: name},
-                    setting_notes={name: name},
-                    metrics={name: name},
-                    columns={name: name},
-                    versions={name: name},
-                ),
-            )
-            for name in ("plain", nasty)
-        )
-        expected_metadata, expected = split_card(harmless)
-        metadata, body = split_card(dangerous)
-        assert metadata.keys() == expected_metadata.keys()
-        assert metadata["tags"] == expected_metadata["tags"]
-        # The card has the same lines, the same cells in each of its tables and the same sections.
-        assert len(body.splitlines()) == len(expected.splitlines())
-        assert [line.count("|") for line in body.splitlines()] == [line.count("|") for line in expected.splitlines()]
-        assert list(sections(body)) == list(sections(expected))
-        assert body.count("```") == expected.count("```")
-        # Outside of code spans and blocks, nothing but the card's own links and images is left.
-        text = re.sub(r"```.*?```|`[^`\n]*`", "", body, flags=re.DOTALL)
-        assert "<" not in text
-        assert "`" not in text
-        own_links = re.findall(r"(?<!\\)\]\(.*?\)", re.sub(r"```.*?```|`[^`\n]*`", "", expected, flags=re.DOTALL))
-        assert re.findall(r"(?<!\\)\]\(.*?\)", text) == own_links
-        assert all(char.isprintable() or char == "\n" for char in body)
-        assert 'load_dataset("path/to/this/folder", split="train")' in body
-        assert 'model="path/to/the/policy"' in body
-
-
 class TestSaveCuratedDataset:
     def test_load_dataset_reads_it_back(self, tmp_path):
         dataset = make_dataset()
@@ -352,6 +134,7 @@ class TestSaveCuratedDataset:
         assert "![" not in (tmp_path / "README.md").read_text()
 
     def test_without_matplotlib_there_is_no_picture(self, tmp_path, monkeypatch, caplog):
+        monkeypatch.delitem(sys.modules, "trl_bpo.report.figures", raising=False)
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         save_curated_dataset(make_dataset(), tmp_path, make_card_data())
         assert not (tmp_path / "pairs_per_prompt.png").exists()
@@ -388,7 +171,7 @@ class TestSaveCuratedDataset:
         options = f'output_dir="{tmp_path}", max_steps=1, use_cpu=True, bf16=False, report_to="none"'
         assert 'output_dir="bpo-model"' in code
         scope = {}
-        exec(code.replace('output_dir="bpo-model"', options), scope)
+        exec(code.replace('output_dir="bpo-model"', options).replace("path/to/the/policy", model), scope)
         assert scope["trainer"].state.global_step == 1
 
 
@@ -443,8 +226,8 @@ class TestPushCuratedDataset:
         metadata, body = split_card(files["README.md"].decode())
         assert {config["config_name"] for config in metadata["configs"]} == {"default", "round2"}
         assert metadata["license"] == "cc-by-4.0"
-        assert set(metadata["tags"]) == {"own", "trl", "bpo", "preference", "dpo"}
-        assert body.startswith("\n# Kept\n")
+        assert set(metadata["tags"]) == {"own", "trl", "trl-bpo", "bpo", "preference", "dpo"}
+        assert "\n# Kept\n" in body
         assert 'load_dataset("tester/kept", split="train")' in body
         assert "](pairs_per_prompt.png)" in body
         assert files["pairs_per_prompt.png"].startswith(b"\x89PNG")

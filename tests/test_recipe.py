@@ -266,7 +266,7 @@ def test_two_processes_select_what_one_selects(tiny_dir, tmp_path):
     ]
     assert first[0].to_list() == first[1].to_list()
     # The steps of an epoch are fewer, so the second selection comes at another step.
-    assert {path.name for path in (tmp_path / "two" / "_selections").glob("*.json")} == {
+    assert {path.name for path in (tmp_path / "two" / "_selections").glob("step-*.json")} == {
         "step-000000.json",
         "step-000003.json",
     }

@@ -39,6 +39,7 @@ from .capture import stacked_weights, target_modules
 from .card import CuratedCardData
 from .clustering import check_n_clusters
 from .depth import DepthSelection, DepthSelector
+from .model_card import add_training_data
 from .pair_features import PairFeatures, remove_stores
 from .pool import PairPool, identify_pairs, open_truncated_responses
 from .preconditioning import check_second_moment
@@ -51,6 +52,7 @@ from .sampler import ActivePairsSampler
 from .schedule import SelectionSchedule
 from .selection_state import load_header, load_selection_state, save_selection_state
 from .strategies import RULE_OF_STRATEGY, check_strategy, measure_by_data, measure_by_policy
+from .tracking import SelectionPicturesCallback
 
 
 if TYPE_CHECKING:
@@ -86,11 +88,13 @@ class BPOTrainer(DPOTrainer):
       takes no step after the last, where a run that was over is resumed.
     - `_save_checkpoint`, `_load_optimizer_and_scheduler`: the selection is saved and restored with a checkpoint.
     - `train`: saves and pushes the curated dataset when training ends.
+    - `create_model_card`: says what was trained on, and links the curated dataset.
 
-    Each selection is saved in `output_dir`: the pairs that it kept as `_selections/step-*/train.parquet`, one row for
-    every pair of the pool with its `depth_*` columns as `_selections/step-*.parquet`, and its metrics as
-    `_selections/step-*.json`. The pairs of the last one are saved with their card as `_curated_dataset`. The leading
-    underscore keeps your data out of the model repository when you push the model.
+    Each selection is saved in `output_dir`: the pairs that it kept as `_selections/step-*/train.parquet` with a manifest
+    beside them, one row for every pair of the pool with its `depth_*` columns as `_selections/step-*.parquet`, and its
+    metrics as `_selections/step-*.json`. The pairs of the last one are saved with their card as `_curated_dataset`. The
+    leading underscore keeps your data out of the model repository when you push the model. `trl-bpo report`, `explain` and
+    `push` read this folder.
 
     Callbacks that have a method `on_selection(args, state, control, selection, pair_ids)` get it called on every process
     after each selection in training, before the first of its batches is drawn: with the [`DepthSelection`], and with the
@@ -211,6 +215,7 @@ class BPOTrainer(DPOTrainer):
         n_active = self._selector.check(self._pool.prompt_ids)
         self._sampler = ActivePairsSampler(n_active, args.seed if args.data_seed is None else args.data_seed)
         self._forget_selections()
+        self.add_callback(SelectionPicturesCallback(self.callback_handler, self._pool.prompt_ids))
         if args.depth_strategy in POLICY_STRATEGIES and self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError(
                 "FSDP 1 flattens the weights, so that their gradients cannot be told apart. Set `fsdp_version: 2`."
@@ -510,10 +515,21 @@ class BPOTrainer(DPOTrainer):
             logger.warning(f"Training ended before the first selection, at step {self.args.first_selection_step}.")
         elif self._sampler is not None:
             remove_stores(self._features_path, self.accelerator)
-            self._recorder.finish(self.selection)
+            self._recorder.finish(self._selected)
         return output
 
-    # Curated dataset
+    # Cards and curated dataset
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        super().create_model_card(*args, **kwargs)
+        if self.selection is not None and self.is_world_process_zero():
+            add_training_data(
+                Path(str(self.args.output_dir)) / "README.md",
+                int(self.selection.selected.sum()),
+                len(self.selection.selected),
+                strategy=self.args.depth_strategy,
+                curated_repo_id=self.args.curated_dataset_hub_id,
+            )
 
     @property
     def _selected(self) -> DepthSelection:

@@ -15,39 +15,30 @@
 """The card of a curated dataset."""
 
 import dataclasses
-import html
 import re
-from collections.abc import Collection
 from dataclasses import KW_ONLY, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 from datasets import Features, List, Value
-from huggingface_hub import (
-    DatasetCard,
-    DatasetCardData,
-)
+from huggingface_hub import DatasetCard, DatasetCardData
 
 from .bpo_config import SELECTION_OPTIONS
-from .report import gini, pairs_per_prompt, statistics
+from .card_merge import merge_card  # noqa: F401
+from .manifest import installed_versions, public_value
+from .markdown import alt_text, code, escaped, hub_link, is_hub_id, number, one_line, table
+from .report import gini, pairs_per_prompt
+from .report.numbers import statistics
 
 
-if TYPE_CHECKING:
-    from .depth import DepthSelection
-    from .pool import PairPool
-
-
-_BREADTH_OPTIONS = ("breadth_fraction", "breadth_clusters", "breadth_scope", "breadth_encoder", "num_responses", "temperature")
 _TEMPLATE = Path(__file__).parent / "templates" / "dataset_card.md"
 _TAGS = ["trl", "trl-bpo", "bpo", "preference", "dpo"]
-# What stands between them is ours to replace; what a publisher wrote around them stays.
-_BEGIN, _END = "<!-- trl_bpo:begin -->", "<!-- trl_bpo:end -->"
-_NOT_PARQUET = r"\.(jsonl?|csv|tsv|txt|arrow|zip|gz|tar)\b"
-# No name is longer. What is comes from data, and would bury the card.
-_MAX_CHARACTERS = 300
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
+_NOT_IN_PAPER = "not specified by the paper"
 
 _COLUMNS = {
     "prompt": "What the policy was asked",
@@ -73,27 +64,24 @@ _COLUMNS = {
 }
 
 
-def _package_versions() -> dict[str, str]:
-    return {name: version(name) for name in ("trl_bpo", "trl", "transformers", "datasets", "torch")}
-
-
 @dataclass
 class CuratedCardData:
     """
-    What the card of a curated dataset shows. All texts are escaped when the card is written.
+    What the card of a curated dataset shows. When the card is written, all texts are escaped and cut at 300 characters, and
+    of absolute paths only the last part is shown.
 
     Args:
         pretty_name (`str`):
             Title of the card.
         policy_model (`str`, *optional*):
             Name of the model that wrote the responses. Leave it out for pairs that were there before, such as those of
-            humans: the card then says that it is not recorded.
+            humans: the card then says that it is not recorded. A Hub id becomes the `base_model` of the metadata.
         num_pairs (`int`):
             Number of preference pairs.
         num_prompts (`int`):
             Number of prompts with at least one pair.
         source_datasets (`list[str]`, *optional*, defaults to `[]`):
-            Names of the datasets that the prompts come from.
+            Names of the datasets that the prompts come from. Those that are Hub ids are in the metadata.
         source_revision (`str`, *optional*):
             Revision of the source data.
         source_split (`str`, *optional*):
@@ -101,8 +89,11 @@ class CuratedCardData:
         judge (`str`, *optional*):
             Name of the judge that scored the responses. Without it the card says that it is not recorded.
         license (`str`, *optional*):
-            Licence of the dataset, as an identifier of the Hub. None is ever assumed: without it the card says that the
-            licence of the source data applies and that the publisher has to set it.
+            Licence of the dataset, as an identifier of the Hub, or several with commas between them. Any other text is in
+            the metadata as the name of an `other` licence. None is ever assumed: without it the card says that the
+            publisher has to set it.
+        license_is_inherited (`bool`, *optional*, defaults to `False`):
+            Whether that is the licence of the source data, and not one that the publisher asked for.
         repo_id (`str`, *optional*):
             Repository that the card tells the reader to load. [`push_curated_dataset`] sets it.
         date (`str`, *optional*):
@@ -150,6 +141,7 @@ class CuratedCardData:
     source_split: str | None = None
     judge: str | None = None
     license: str | None = None
+    license_is_inherited: bool = False
     repo_id: str | None = None
     date: str | None = None
     depth_strategy: str = "gradient"
@@ -159,87 +151,40 @@ class CuratedCardData:
     metrics: dict[str, Any] = field(default_factory=dict)
     pairs_per_prompt: dict[int, int] = field(default_factory=dict)
     columns: dict[str, str] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=_package_versions)
+    versions: dict[str, str] = field(default_factory=installed_versions)
     language: list[str] = field(default_factory=list)
     policy_revision: str | None = None
+    selected_for: str | None = None
     statistics: list[tuple[str, float | None, float | None]] = field(default_factory=list)
     provenance: dict[str, str] = field(default_factory=dict)
     selections: list[tuple[str, int, int]] = field(default_factory=list)
+    num_pool: int | None = None
     has_pool: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """
-        The fields as JSON has them.
+        The data as JSON has it.
 
         Returns:
-            `dict[str, Any]`: Field -> value.
+            `dict[str, Any]`: Name of the field -> value.
         """
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "CuratedCardData":
         """
-        The data that [`~CuratedCardData.to_dict`] gave, after JSON.
+        The data that [`~CuratedCardData.to_dict`] gave, also after JSON made texts of the numbers that are keys.
 
         Args:
             content (`dict[str, Any]`):
-                Field -> value.
+                Name of the field -> value.
 
         Returns:
             [`CuratedCardData`]: The data.
         """
-        tables = {name: [tuple(row) for row in content[name]] for name in ("funnel", "statistics", "selections")}
-        # JSON has no numbers as keys.
+        rows = {name: [tuple(row) for row in content[name]] for name in ("funnel", "statistics", "selections")}
         histogram = {int(kept): prompts for kept, prompts in content["pairs_per_prompt"].items()}
-        return cls(**{**content, **tables, "pairs_per_prompt": histogram})
-
-
-def _one_line(value: Any) -> str:
-    # Names come from files, servers and models. A line break would end a table row or the front matter; control and
-    # direction characters would show something else than what is written.
-    text = str(value)[: 10 * _MAX_CHARACTERS]
-    text = "".join(char for char in " ".join(text.split()) if char.isprintable())
-    return text if len(text) <= _MAX_CHARACTERS else text[: _MAX_CHARACTERS - 1] + "…"
-
-
-def _text(value: Any) -> str:
-    # HTML entities for what opens HTML, code or a table cell, since every renderer knows them; backslashes for the
-    # rest of Markdown's punctuation, which keeps the source of the card readable.
-    escaped = re.sub(r"([\\*_\[\]~$])", r"\\\1", _one_line(value))
-    return html.escape(escaped, quote=False).replace("|", "&#124;").replace("`", "&#96;")
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return _name(value)
-
-
-def _name(name: Any) -> str:
-    # Ordinary names are shown as code. What contains anything else is shown as escaped text.
-    name = _one_line(name)
-    return f"`{name}`" if re.fullmatch(r"[\w./:@+=,{}()' -]+", name) else _text(name)
-
-
-def _literal(name: str | None, otherwise: str) -> str:
-    # What stands inside a string of the card's Python code is an ordinary name or a placeholder.
-    return name if name and re.fullmatch(r"[\w./-]+", name) else otherwise
-
-
-def _hub_ids(names: list[str]) -> list[str]:
-    # A name without a namespace may as well be that of a file.
-    return [name for name in names if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, flags=re.ASCII)]
-
-
-def _table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    if not rows:
-        return ""
-    lines = [heading, tuple("---" for _ in heading), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        return cls(**{**content, **rows, "pairs_per_prompt": histogram})
 
 
 def _type(feature: Any) -> str:
@@ -257,31 +202,93 @@ def _size_category(num_rows: int) -> str:
     return next((name for bound, name in bounds if num_rows < bound), "n>10M")
 
 
+def _licence_fields(licence: str | None) -> dict[str, Any]:
+    licence = one_line(licence or "")
+    if not licence:
+        return {}
+    names = [name.strip().lower() for name in licence.split(",")]
+    # The Hub takes no other names than its own, but lets an `other` licence have one.
+    if not all(map(_LICENCE.fullmatch, names)):
+        return {"license": "other", "license_name": licence}
+    return {"license": names[0] if len(names) == 1 else names}
+
+
+def _front_matter(data: CuratedCardData) -> dict[str, Any]:
+    models = [name for name in (data.policy_model, data.selected_for) if is_hub_id(name)]
+    models = list(dict.fromkeys(models))
+    fields = {
+        "pretty_name": one_line(data.pretty_name),
+        "language": [name for name in data.language if _LANGUAGE.fullmatch(name)],
+        **_licence_fields(data.license),
+        "task_categories": ["text-generation"],
+        "tags": _TAGS,
+        "size_categories": [_size_category(data.num_pairs)],
+        "source_datasets": [name for name in data.source_datasets if is_hub_id(name)],
+        "base_model": models[0] if len(models) == 1 else models,
+    }
+    return {name: value for name, value in fields.items() if value}
+
+
 def _overview(data: CuratedCardData) -> list[tuple[str, ...]]:
+    unknown = "not recorded"
+    policy = hub_link(data.policy_model) if data.policy_model else unknown
+    if data.policy_revision:
+        policy += f" at {code(data.policy_revision)}"
+    licence = escaped(data.license) if data.license else "as in the metadata of this card"
     rows: list[tuple[str, ...]] = [
-        ("Pairs", _value(data.num_pairs)),
-        ("Prompts", _value(data.num_prompts)),
-        ("Source data", ", ".join(map(_name, data.source_datasets)) or "not recorded"),
-        ("Source revision", _name(data.source_revision) if data.source_revision else "not recorded"),
-        ("Source split", _name(data.source_split) if data.source_split else "not recorded"),
-        ("Policy that wrote the responses", _name(data.policy_model) if data.policy_model else "not recorded"),
-        *([("Commit of the policy", _name(data.policy_revision))] if data.policy_revision else []),
-        ("Judge", _name(data.judge) if data.judge else "not recorded"),
-        ("Licence", _text(data.license) if data.license else "not set"),
+        ("Pairs", number(data.num_pairs) + (f" of {number(data.num_pool)}" if data.num_pool is not None else "")),
+        ("Prompts", number(data.num_prompts)),
+        ("Source data", ", ".join(hub_link(name, "datasets/") for name in data.source_datasets) or unknown),
+        ("Source revision", code(data.source_revision) if data.source_revision else unknown),
+        ("Source split", code(data.source_split) if data.source_split else unknown),
+        ("Policy that wrote the responses", policy),
+        ("Selected for", hub_link(data.selected_for) if data.selected_for else unknown),
+        ("Judge", code(data.judge) if data.judge else unknown),
+        ("Languages", ", ".join(map(code, data.language)) or unknown),
+        ("Licence of the source data" if data.license and data.license_is_inherited else "Licence", licence),
     ]
-    return [*rows, ("Date", _text(data.date))] if data.date else rows
+    return [*rows, ("Date", escaped(data.date))] if data.date else rows
 
 
 def _configurations(data: CuratedCardData) -> list[tuple[str, ...]]:
-    # A repository with one configuration needs no table.
-    if not data.selections:
-        return []
-    rows = [("`default`", _value(data.selections[-1][2]), f"the last selection, at step {data.selections[-1][1]}")]
-    rows += [(_name(name), _value(pairs), f"selection at step {step}") for name, step, pairs in data.selections]
+    rows: list[tuple[str, ...]] = []
+    if data.selections:
+        rows.append(("`default`", number(data.num_pairs), "the last selection"))
+    rows += [(code(name), number(pairs), f"the selection at step {step:,}") for name, step, pairs in data.selections]
     if data.has_pool:
-        note = "all pairs that were selected from, with the columns of the last selection"
-        rows.append(("`pool`", "", note))
+        pool = "–" if data.num_pool is None else number(data.num_pool)
+        rows.append(("`pool`", pool, "what was selected from, with the `depth_*` columns of the last selection"))
     return rows
+
+
+def _licence_note(data: CuratedCardData) -> str:
+    if not data.license:
+        return (
+            "If the metadata of this card names no licence, the publisher has to set one. The licence of the source data and "
+            "the terms of any models that wrote or judged the responses apply."
+        )
+    if data.license_is_inherited:
+        return (
+            "The licence is that of the source data. The terms of any models that wrote or judged the responses apply beside "
+            "it."
+        )
+    return (
+        "The licence of the source data and the terms of any models that wrote or judged the responses apply beside the "
+        "licence named above."
+    )
+
+
+def _public(data: CuratedCardData) -> CuratedCardData:
+    # Where files lie is nobody else's business, but for a place that the publisher tells the reader to load.
+    return CuratedCardData.from_dict({**public_value(data.to_dict()), "repo_id": data.repo_id})
+
+
+def _code_arguments(data: CuratedCardData, config_name: str, configs: list[dict[str, Any]]) -> str:
+    # What stands inside a string of Python code is an ordinary name or a placeholder.
+    repo_id = data.repo_id if data.repo_id and re.fullmatch(r"[\w./-]+", data.repo_id) else "path/to/this/folder"
+    # Named where there are others, so that the code goes on working if one of these becomes the default.
+    named = config_name != "default" or len(configs) > 1
+    return f'"{repo_id}", "{config_name}"' if named else f'"{repo_id}"'
 
 
 def create_dataset_card(
@@ -293,229 +300,164 @@ def create_dataset_card(
     configs: list[dict[str, Any]] | None = None,
 ) -> DatasetCard:
     """
-    Write the card of a curated dataset.
+    Write the card of a curated dataset. Names and texts of the data cannot break out of its front matter, Markdown or HTML.
 
     Args:
         features ([`~datasets.Features`]):
-            Columns of the curated pairs and their types.
+            Columns of the curated pairs.
         card_data ([`CuratedCardData`]):
             What the card shows.
         config_name (`str`, *optional*, defaults to `"default"`):
             Configuration of the dataset that the card describes.
         pictures (`dict[str, str]`, *optional*):
-            Path, beside the card, of each picture -> its alt text.
+            Path beside the card -> alt text of each picture. Without them the card has the tables only.
         configs (`list[dict[str, Any]]`, *optional*):
-            Configurations of the repository and their files, for the front matter.
+            Configurations for the metadata: their names and files, as [`~datasets.load_dataset`] reads them.
 
     Returns:
-        [`~huggingface_hub.DatasetCard`]: The card.
+        [`~huggingface_hub.DatasetCard`]: The card. To bring it together with the card that a repository has already, see
+        [`~card_merge.merge_card`].
     """
-    data = card_data
-    fields: dict[str, Any] = {
-        "pretty_name": _one_line(data.pretty_name),
-        "tags": _TAGS,
-        "task_categories": ["text-generation"],
-        "size_categories": [_size_category(data.num_pairs)],
-    }
-    if data.license is not None:
-        fields["license"] = _one_line(data.license)
-    if data.language:
-        fields["language"] = [_one_line(language) for language in data.language]
-    if sources := _hub_ids(data.source_datasets):
-        fields["source_datasets"] = sources
-    if data.policy_model and (base := _hub_ids([data.policy_model])):
-        fields["base_model"] = base[0]
-    if configs:
-        fields["configs"] = configs
-    descriptions = {**_COLUMNS, **data.columns}
-    histogram = data.pairs_per_prompt
-    arguments = [f'"{_literal(data.repo_id, "path/to/this/folder")}"']
-    if config_name != "default":
-        arguments.append(f'"{config_name}"')
+    data, configs = _public(card_data), configs or []
+    metadata = _front_matter(data) | ({"configs": configs} if configs else {})
+    histogram, descriptions = data.pairs_per_prompt, {**_COLUMNS, **data.columns}
+    model = data.selected_for or data.policy_model
     return DatasetCard.from_template(
-        DatasetCardData(**fields),
+        DatasetCardData(**metadata),
         template_path=str(_TEMPLATE),
-        begin=_BEGIN,
-        end=_END,
-        title=_text(data.pretty_name),
+        title=escaped(data.pretty_name),
         config_name=config_name,
-        strategy=None if data.depth_strategy == "gradient" else _name(data.depth_strategy),
-        overview_table=_table(("Property", "Value"), _overview(data)),
-        configs_table=_table(("Configuration", "Pairs", "Content"), _configurations(data)),
-        funnel_table=_table(
-            ("Stage", "Rows kept", "Note"),
-            [(_text(stage), _value(rows), _text(note)) for stage, rows, note in data.funnel],
-        ),
-        settings_table=_table(
-            ("Option", "Value", "Note"),
-            [
-                (_name(key), _name(value), _text(data.setting_notes.get(key, "")))
-                for key, value in data.settings.items()
-            ],
-        ),
-        statistics_table=_table(
-            ("Measure", "Pool", "Kept"),
-            [(_text(measure), _value(pool), _value(kept)) for measure, pool, kept in data.statistics],
-        ),
-        metrics_table=_table(
-            ("Measure", "Value"), [(_text(key), _value(value)) for key, value in data.metrics.items()]
-        ),
-        provenance_table=_table(
-            ("What", "SHA-256 or commit"), [(_text(key), _name(value)) for key, value in data.provenance.items()]
-        ),
-        pairs_table=_table(
-            ("Pairs kept", "Prompts"), [(_value(kept), _value(prompts)) for kept, prompts in histogram.items()]
-        ),
-        pictures=[(path, _text(alt)) for path, alt in (pictures or {}).items()],
-        mean=_value(sum(kept * n for kept, n in histogram.items()) / max(1, sum(histogram.values()))),
-        gini=_value(gini(histogram)),
-        columns_table=_table(
+        by_gradients=data.depth_strategy == "gradient",
+        strategy=code(data.depth_strategy),
+        overview_table=table(("Property", "Value"), _overview(data)),
+        load_arguments=_code_arguments(data, config_name, configs),
+        configs_table=table(("Configuration", "Pairs", "Content"), _configurations(data)),
+        model=model if is_hub_id(model) else "path/to/the/policy",
+        columns_table=table(
             ("Column", "Type", "Content"),
             [
-                (_name(name), _name(_type(feature)), _text(descriptions.get(name, "")))
+                (code(name), code(_type(feature)), escaped(descriptions.get(name, "")))
                 for name, feature in features.items()
             ],
         ),
-        load_arguments=", ".join(arguments),
-        model=_literal(data.policy_model, "path/to/the/policy"),
+        funnel_table=table(
+            ("Stage", "Rows kept", "Note"),
+            [(escaped(stage), number(rows), escaped(note)) for stage, rows, note in data.funnel],
+        ),
+        settings_table=table(
+            ("Option", "Value", "Note"),
+            [
+                (code(name), code(value), escaped(data.setting_notes.get(name, "")))
+                for name, value in data.settings.items()
+            ],
+        ),
+        pictures=[(quote(one_line(path)), alt_text(alt)) for path, alt in (pictures or {}).items()],
+        pairs_table=table(
+            ("Pairs kept", "Prompts"), [(number(kept), number(prompts)) for kept, prompts in histogram.items()]
+        ),
+        mean=number(sum(kept * n for kept, n in histogram.items()) / max(1, sum(histogram.values()))),
+        gini=number(gini(histogram)),
+        statistics_table=table(
+            ("Measure", "All pairs", "Kept pairs"),
+            [
+                (escaped(name), *("–" if value is None else number(float(value)) for value in values))
+                for name, *values in data.statistics
+            ],
+        ),
+        metrics_table=table(
+            ("Measure", "Value"), [(escaped(name), number(value)) for name, value in data.metrics.items()]
+        ),
         has_policy=bool(data.policy_model),
         has_judge=bool(data.judge),
-        licence_note="The licence of the source data and the terms of any models that wrote or judged the responses "
-        + ("apply beside the licence named above." if data.license else "apply; the publisher has to set a licence."),
-        versions_table=_table(("Package", "Version"), [(_name(k), _name(v)) for k, v in data.versions.items()]),
+        selected_for=hub_link(data.selected_for) if data.selected_for else "one policy",
+        licence_note=_licence_note(data),
+        provenance_table=table(
+            ("What", "SHA-256, commit or name"),
+            [(escaped(name), code(value)) for name, value in data.provenance.items()],
+        ),
+        has_manifest=bool(data.selections),
+        versions_table=table(("Package", "Version"), [(code(name), code(v)) for name, v in data.versions.items()]),
     )
 
 
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list) else [value]
+def _judge_of(dataset: Any) -> str | None:
+    # Pairs that were built from saved scores say who gave them.
+    if "judge" not in dataset.column_names:
+        return None
+    judges = dataset.select_columns("judge").with_format("arrow")[:]["judge"].unique().to_pylist()
+    return judges[0] if len(judges) == 1 and isinstance(judges[0], str) else None
 
 
-def merge_card(existing: str | None, card: DatasetCard, dropped_configs: Collection[str] = ()) -> DatasetCard:
-    """
-    Put a card in the place of one that is in the repository, and keep what is not ours.
-
-    Fields of the front matter that our card does not have stay, `license` and `language` among them; tags are added to. Of
-    `configs` and `dataset_info` the entries of other configurations stay. Text around the section of `trl_bpo` stays; a
-    card that has none gets it at its end.
-
-    Args:
-        existing (`str`, *optional*):
-            The card in the repository, `None` if there is none.
-        card ([`~huggingface_hub.DatasetCard`]):
-            Our card.
-        dropped_configs (`Collection[str]`, *optional*):
-            Configurations that are no longer in the repository.
-
-    Returns:
-        [`~huggingface_hub.DatasetCard`]: The card to push.
-
-    Raises:
-        `ValueError`: If the front matter of the card in the repository cannot be read, or if the repository has data in
-            another format.
-    """
-    if existing is None:
-        return card
-    try:
-        old = DatasetCard(existing)
-        theirs, ours = old.data.to_dict(), card.data.to_dict()
-        for name, values in {"tags": theirs.get("tags"), "source_datasets": theirs.get("source_datasets")}.items():
-            if values or name in ours:
-                ours[name] = list(dict.fromkeys([*_as_list(values), *ours.get(name, [])]))
-        replaced = {config["config_name"] for config in ours.get("configs", [])} | set(dropped_configs)
-        others = [one for one in _as_list(theirs.pop("configs", None)) if one.get("config_name") not in replaced]
-        # `load_dataset` goes by the features that are listed for a configuration, whatever its files hold.
-        infos = theirs.pop("dataset_info", None)
-        kept = [one for one in _as_list(infos) if one.get("config_name", "default") not in replaced]
-    except Exception as error:
-        raise ValueError(
-            f"The front matter of the `README.md` in the repository cannot be read: {error}\nMend it or delete the file, "
-            "then push again. It was not overwritten."
-        ) from error
-    if foreign := [one["config_name"] for one in others if re.search(_NOT_PARQUET, str(one.get("data_files")))]:
-        raise ValueError(
-            f"The repository has configurations of another format than Parquet: {foreign}. `load_dataset` reads all of a "
-            "repository in one format, so that either they or the pushed data could not be loaded any more. Push to "
-            "another repository."
-        )
-    metadata = {**theirs, **ours}
-    if others or "configs" in ours:
-        metadata["configs"] = [*others, *ours.get("configs", [])]
-    if kept:
-        # A lone entry stands in the card without a list.
-        metadata["dataset_info"] = kept if isinstance(infos, list) else kept[0]
-    before, begin, rest = old.text.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not (begin and end):
-        before, after = (old.text.rstrip() + "\n\n" if old.text.strip() else ""), "\n"
-    _, begin, rest = card.text.partition(_BEGIN)
-    section, end, _ = rest.partition(_END)
-    front = DatasetCardData(**metadata).to_yaml()
-    return DatasetCard(f"---\n{front}\n---\n{before.lstrip()}{begin}{section}{end}{after}")
+def _digests(manifest: dict[str, Any]) -> dict[str, str]:
+    inputs, outputs = manifest["inputs"], manifest["outputs"]
+    digests = {
+        "ids of all pairs": inputs.get("pool"),
+        "ids of the kept pairs": outputs.get("kept"),
+        "file of the kept pairs": outputs.get("train.parquet"),
+        "commit of the model that they were selected for": inputs.get("model_commit"),
+        "weights of that model": inputs.get("model_fingerprint"),
+        "chat template": inputs.get("chat_template"),
+    }
+    return {name: value for name, value in digests.items() if value is not None}
 
 
 def card_data_of_run(
-    pool: "PairPool",
+    pool: Any,
     pool_table: pa.Table,
-    selection: "DepthSelection",
+    selection: Any,
     manifest: dict[str, Any],
     args: Any,
     fields: dict[str, Any],
 ) -> CuratedCardData:
     """
-    What a training knows of a selection, for its card.
+    What a training knows of its curated dataset, for the card.
 
     Args:
-        pool ([`~pool.PairPool`]):
-            The pairs that were selected from.
+        pool ([`PairPool`]):
+            The pairs that they were selected from.
         pool_table (`pyarrow.Table`):
-            What is known of them, see [`~selection_state.save_pool`].
+            Scores and lengths of these, see [`~selection_state.save_pool`].
         selection ([`DepthSelection`]):
             The selection.
         manifest (`dict[str, Any]`):
-            Its manifest.
+            Its manifest, see [`~selection_state.save_selection`].
         args ([`BPOConfig`]):
             Arguments of the run.
         fields (`dict[str, Any]`):
-            Fields of [`CuratedCardData`] that a training cannot know. They add to those of `funnel`, `settings` and
-            `provenance` and replace the others.
+            Fields of [`CuratedCardData`] that a training cannot know. Those of `funnel`, `settings`, `setting_notes` and
+            `provenance` add to what it knows, a `license` gives way to `curated_dataset_license`, and the others replace it.
 
     Returns:
         [`CuratedCardData`]: The data of the card.
     """
-    fields, inputs = dict(fields), manifest["inputs"]
-    kept = [pool.prompt_ids[row] for row in np.flatnonzero(selection.selected)]
-    # Pairs that were built from saved scores say who gave them.
-    if "judge" in pool.pairs.column_names:
-        judges = pool.pairs.unique("judge")
-        if len(judges) == 1 and isinstance(judges[0], str):
-            fields.setdefault("judge", judges[0])
+    fields, selected = dict(fields), np.asarray(selection.selected)
+    kept = [prompt for prompt, is_kept in zip(pool.prompt_ids, selected.tolist(), strict=True) if is_kept]
     funnel = list(fields.pop("funnel", [("pairs", pool.num_given, "as they came in")]))
     if dropped := pool.num_given - len(pool.pairs):
         funnel.append(("pairs that fit", len(pool.pairs), f"{dropped} whose prompt fills `max_length` dropped"))
-    provenance = {
-        "ids of the pairs that were selected from": inputs["pool"],
-        "ids of the pairs that were kept": manifest["outputs"]["kept"],
-        "chat template": inputs["chat_template"],
-        "commit of the model that was trained": inputs["model_commit"],
-        "model that the gradients were taken of": inputs.get("model_fingerprint"),
-    }
-    settings = {"model": inputs["model"], **manifest["parameters"], "processes": inputs["num_processes"]}
+    funnel.append(("pairs kept (depth)", len(kept), f"by {args.depth_strategy} at step {manifest['step']}"))
+    model, notes = manifest["inputs"].get("model"), dict.fromkeys(SELECTION_OPTIONS, _NOT_IN_PAPER)
+    del notes["seed"]
+    if args.curated_dataset_license is not None:
+        fields |= {"license": args.curated_dataset_license, "license_is_inherited": False}
+    if model and fields.get("policy_model") == model:
+        fields.setdefault("policy_revision", manifest["inputs"].get("model_commit"))
     data = CuratedCardData(
-        pretty_name=f"Pairs that BPO kept for {Path(str(args.output_dir)).name}",
+        pretty_name=f"Pairs that BPO kept for {Path(str(args.output_dir)).resolve().name}",
         depth_strategy=args.depth_strategy,
         num_pairs=len(kept),
         num_prompts=len(set(kept)),
-        license=args.curated_dataset_license,
-        date=manifest["date"],
-        funnel=[*funnel, ("pairs kept (depth)", len(kept), f"by {args.depth_strategy} at step {manifest['step']}")],
-        settings=fields.pop("settings", {}) | settings,
-        setting_notes=dict.fromkeys((*SELECTION_OPTIONS, *_BREADTH_OPTIONS), "not specified by the paper") | {"seed": ""},
+        num_pool=len(pool.pairs),
+        judge=_judge_of(pool.pairs),
+        selected_for=model,
+        date=manifest["date"][:10],
+        funnel=funnel,
+        settings=fields.pop("settings", {}) | manifest["parameters"],
+        setting_notes=notes | fields.pop("setting_notes", {}),
         metrics=dict(selection.metrics),
-        statistics=statistics(pool_table, selection.selected),
         pairs_per_prompt=pairs_per_prompt(pool.prompt_ids, kept),
+        statistics=statistics(pool_table, selected),
+        provenance=fields.pop("provenance", {}) | _digests(manifest),
         versions=manifest["versions"],
-        provenance=fields.pop("provenance", {}) | {name: value for name, value in provenance.items() if value},
     )
-    if args.curated_dataset_license is not None:
-        fields.pop("license", None)
     return dataclasses.replace(data, **fields)

@@ -14,7 +14,7 @@
 
 """K-means and nearest-to-centre ranking: the one mechanism that breadth and depth selection share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,8 @@ from threadpoolctl import threadpool_limits
 
 SCOPES = ("per_cluster", "overall")
 _ROWS_AT_A_TIME = 4096
+# After ten, variances of real and of random features are met to within a percent.
+_CALIBRATION_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,57 @@ def nearest_to_centre(
     return clustering.ranks < quotas[own]
 
 
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+
+
+def gaussian_like(features: np.ndarray, normalize: bool) -> Callable[[np.random.Generator], np.ndarray]:
+    """
+    Draw Gaussian samples that have the sample mean and the sample covariance of some rows.
+
+    Given both, the left singular vectors of a centred Gaussian sample are uniformly distributed over the orthonormal
+    ones. So rows that are Gaussian themselves cannot be told from a draw, whatever their covariance and their number. (A
+    sample drawn afresh from the covariance would have one of its own, more uneven than that of the features unless there
+    are many more rows than dimensions, and K-means would explain more of it.)
+
+    Scaling to unit length takes from the variance along the leading components. Features had that happen to them, so a
+    Gaussian with their covariance would have it happen twice, and K-means would explain less of it. So where samples are
+    to be scaled, variances and mean of the Gaussian are set such that the scaled sample has those of the rows.
+
+    Args:
+        features (`np.ndarray` of shape `(n, d)`, float64):
+            The rows, of unit length if `normalize`.
+        normalize (`bool`):
+            Whether to scale samples to unit length.
+
+    Returns:
+        `Callable`: From a random generator to a sample of the same shape.
+    """
+    centre = features.mean(axis=0)
+    values, vectors = np.linalg.eigh((features - centre).T @ (features - centre))
+    real = values > 1e-10 * values[-1]
+    # In the basis of the principal components.
+    centre, scales = centre @ vectors, np.sqrt(np.where(real, values, 0.0))
+
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        normal = rng.standard_normal((len(features), real.sum()))
+        orthonormal = np.zeros_like(features)
+        orthonormal[:, real], _ = np.linalg.qr(normal - normal.mean(axis=0))
+        if not normalize:
+            return (orthonormal * scales + centre) @ vectors.T
+        own_centre, own_scales = centre.copy(), scales.copy()
+        for _ in range(_CALIBRATION_STEPS):
+            sample = _unit(orthonormal * own_scales + own_centre)
+            mean = sample.mean(axis=0)
+            found = np.linalg.norm(sample - mean, axis=0)[real]
+            # Rows on one line through the origin may all fall on one side of it, with no variance to go by.
+            own_scales[real] *= np.clip(scales[real] / np.maximum(found, np.finfo(np.float64).tiny), 0.1, 10.0)
+            own_centre += centre - mean
+        return _unit(orthonormal * own_scales + own_centre) @ vectors.T
+
+    return draw
+
+
 def gaussian_variance_explained(
     features: np.ndarray, ids: Sequence[str], n_clusters: int, seed: int = 42, normalize: bool = True
 ) -> float:
@@ -254,18 +307,12 @@ def gaussian_variance_explained(
     Variance that K-means explains of a Gaussian sample with the sample mean and covariance of the features.
 
     K-means explains some variance of any cloud of points. Clusters are structure beyond the covariance only where the
-    variance explained of the features exceeds this one. The sample is the features under a random rotation of the rows:
-    given mean and covariance, the left singular vectors of a Gaussian sample are uniformly distributed, so that Gaussian
-    features cannot be told from it. (A sample drawn afresh from the covariance would have one of its own, more uneven
-    than that of the features unless there are many more rows than dimensions, and K-means would explain more of it.)
-    With `normalize` the sample is scaled to unit length after the rotation, which evens out its leading components: on
-    noise of unit length it explains up to a fifth less than the features where the spectrum falls steeply. An excess of
-    that size is no structure; `recipes/gradient_clusters.py` has a slower sample without this bias.
-    Memory: two `(n, n)` matrices.
+    variance explained of the features exceeds this one. How the sample is drawn says [`gaussian_like`]. Memory: about
+    six copies of the features in float64.
 
     Args:
         features (`np.ndarray` of shape `(n, d)`):
-            The features that were clustered.
+            The features that were clustered, of unit length if `normalize`.
         ids (`Sequence[str]`):
             Content hash of each row: the rows are taken in the order of their ids, as in [`cluster`].
         n_clusters (`int`):
@@ -276,16 +323,14 @@ def gaussian_variance_explained(
             Whether the sample is L2-normalised as the features were.
 
     Returns:
-        `float`: Variance explained of the sample.
+        `float`: Variance explained of the sample, 0.0 if all rows coincide.
     """
     _, features = _sorted_by_id(np.asarray(features, dtype=np.float64), ids)
-    n = len(features)
-    mean = features.mean(axis=0)
+    if not (features != features[0]).any():
+        return 0.0
     with threadpool_limits(limits=1):
-        rotation, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))
-        sample = rotation @ (features - mean)
-        # The rotation moves the mean a little.
-        sample += mean - sample.mean(axis=0)
-    if normalize:
-        sample /= np.maximum(np.linalg.norm(sample, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        if features.shape[1] > len(features):
+            # K-means depends on inner products alone, so no more dimensions are needed than there are rows.
+            features = np.linalg.qr(features.T, mode="r").T
+        sample = gaussian_like(features, normalize)(np.random.default_rng(seed))
     return _fit(sample, n_clusters, seed)[2]

@@ -40,6 +40,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ._version import __version__
 from .card import CuratedCardData, create_dataset_card
+from .card_merge import merge_card
 from .pictures import histogram_picture, pictures_of_run, save_pictures
 from .run_folder import RunFolder, SavedSelection, step_name
 
@@ -208,6 +209,7 @@ def _commit(
     revision: str | None,
     message: str,
     replaces_steps: bool,
+    keep_license: bool,
 ) -> str:
     # All in one commit: who loads the repository meanwhile sees the old state or the new one, and so does a push that is
     # interrupted. Its files need not be sent again then, since the Hub has them by their digests.
@@ -231,9 +233,8 @@ def _commit(
         and (path.split("/")[0] in stale_steps or (path.split("/")[0] in folders and path.endswith(".parquet")))
     ]
     with TemporaryDirectory() as folder:
-        from .card import merge_card
-
-        merged = merge_card(_card_on_hub(api, repo_id, head.sha, folder), card, dropped_configs=stale_steps)
+        existing = _card_on_hub(api, repo_id, head.sha, folder)
+    merged = merge_card(existing, card, dropped_configs=stale_steps, keep_license=keep_license)
     operations: list[Any] = [CommitOperationAdd("README.md", str(merged).encode())]
     operations += [CommitOperationAdd(path, str(file)) for path, file in added.items()]
     operations += [CommitOperationDelete(path) for path in deleted]
@@ -258,7 +259,7 @@ def push_curated_dataset(
     Push a curated dataset with its card and picture to the Hub, in one commit. Pushing again replaces the configuration of
     that name. To push what a training saved use [`push_run`].
 
-    If the repository has a card already, its other fields and configurations stay, see [`~card.merge_card`].
+    If the repository has a card already, its other fields and configurations stay, see [`~card_merge.merge_card`].
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -318,6 +319,7 @@ def push_curated_dataset(
                 revision=revision,
                 message=commit_message or f"Push the configuration {config_name}",
                 replaces_steps=False,
+                keep_license=card_data.license_is_inherited,
             )
         )
 
@@ -362,7 +364,7 @@ def push_run(
     Each selection is a configuration of its name (`step-000012`), with its manifest beside the data; `default` is the last
     one. Configurations of that kind that an earlier run left in the repository are removed: they stay in its history, but
     the card would not be theirs. What else is in the repository stays, and so do the other fields of its card, see
-    [`~card.merge_card`].
+    [`~card_merge.merge_card`].
 
     Args:
         path (`str` or `Path`):
@@ -397,6 +399,7 @@ def push_run(
         run.card_data,
         repo_id=repo_id,
         license=run.card_data.license if license is None else license,
+        license_is_inherited=run.card_data.license_is_inherited and license is None,
         has_pool=pool,
         selections=[(step_name(one.step), one.step, one.manifest["outputs"]["num_kept"]) for one in run.selections],
     )
@@ -424,6 +427,7 @@ def push_run(
                 revision=revision,
                 message=commit_message or f"Push the selection at step {last.step}",
                 replaces_steps=True,
+                keep_license=card_data.license_is_inherited,
             )
         )
 
@@ -439,7 +443,8 @@ def source_fields(dataset_name: str, token: str | None = None) -> dict[str, Any]
             Token that may read it.
 
     Returns:
-        `dict[str, Any]`: `source_revision` (a commit), and where its card has them `license` and `language`. Empty, with a
+        `dict[str, Any]`: `source_revision` (a commit), and where its card has them `license` (then
+        `license_is_inherited` is set) and `language`. Empty, with a
         warning, if the Hub cannot be reached.
     """
     try:
@@ -452,6 +457,7 @@ def source_fields(dataset_name: str, token: str | None = None) -> dict[str, Any]
     fields = {
         "source_revision": info.sha,
         "license": ", ".join(licence) if isinstance(licence, list) else licence,
+        "license_is_inherited": bool(licence),
         "language": [languages] if isinstance(languages, str) else languages,
     }
     return {name: value for name, value in fields.items() if value}

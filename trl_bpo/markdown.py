@@ -98,7 +98,7 @@ def code(value: Any) -> str:
 
 def number(value: Any) -> str:
     """
-    A number as text; anything else as a name, `None` as a dash.
+    A number as text, of four digits where it is no integer; anything else as a name.
 
     Args:
         value:
@@ -107,11 +107,9 @@ def number(value: Any) -> str:
     Returns:
         `str`: One line of Markdown.
     """
-    if isinstance(value, bool):
-        return code(value)
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else code(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else code(value)
 
 
 def table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -20,6 +20,7 @@ A `Figure` without pyplot touches no global state: neither the user's backend no
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -83,7 +84,7 @@ def _counts_on(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
-def _legend(axes: Axes, loc: str = "upper right") -> None:
+def _legend(axes: Axes, loc: Literal["best", "upper right"] = "upper right") -> None:
     axes.legend(loc=loc, frameon=False, fontsize=9, labelcolor=MUTED, handlelength=1.5)
 
 
@@ -202,7 +203,7 @@ def distances_figure(
     if cut is not None:
         axes.axvline(cut, color=TEXT, linestyle="--", linewidth=1.2, label="cut")
     _counts_on(axes)
-    axes.margins(y=0.15)
+    axes.margins(y=0.3)
     _legend(axes)
     return _figure(axes)
 
@@ -240,7 +241,7 @@ def prompt_map_figure(
     x, y, selected = x[shown], y[shown], selected[shown]
     axes.scatter(x[~selected], y[~selected], s=9, color=DROPPED, alpha=0.45, linewidths=0, label="dropped", rasterized=True)
     axes.scatter(x[selected], y[selected], s=11, color=KEPT, alpha=0.8, linewidths=0, label="kept", rasterized=True)
-    axes.scatter(*centres, s=28, marker="x", color=TEXT, linewidths=1.2, label="centre")
+    axes.scatter(centres[0], centres[1], s=28, marker="x", color=TEXT, linewidths=1.2, label="centre")
     axes.set_xticks([])
     axes.set_yticks([])
     _legend(axes, "best")
@@ -300,6 +301,7 @@ def lengths_figure(differences: np.ndarray, selected: np.ndarray, subtitle: str)
     )
     axes.axvline(0, color=TEXT, linestyle="--", linewidth=1.2)
     _counts_on(axes)
+    axes.margins(y=0.3)
     _legend(axes)
     return _figure(axes)
 
@@ -322,7 +324,7 @@ def drift_figure(steps: Sequence[int], with_previous: Sequence[float | None], wi
     axes = _axes(
         "Drift of the selection", "pairs that two selections share, over those of either", "Optimizer step", "Overlap"
     )
-    axes.plot(steps[1:], with_previous[1:], "o-", color=KEPT, label="with the previous")
+    axes.plot(steps[1:], np.asarray(with_previous[1:], dtype=np.float64), "o-", color=KEPT, label="with the previous")
     axes.plot(steps[1:], with_first[1:], "s--", color=DROPPED, label="with the first")
     axes.set_ylim(0, 1.05)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
