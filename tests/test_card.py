@@ -275,8 +275,8 @@ covariance, which has no clusters. The same goes for the agreement of two seeds.
 - Which response counts as better was decided by a judge with biases of its own, such as a liking for long answers.
 - The pairs were selected for [`org/policy-1B`](https://huggingface.co/org/policy-1B). For another policy the same pairs need not be the representative ones.
 - Whether this selection helps is open. In the measurements of `trl_bpo` itself, on one task with a policy of 0.7 M parameters, selecting pairs by their gradients was not better than drawing as many at random, and together with the selection of prompts it was worse; see `docs/evidence.md` there.
-- The pairs are no random sample of the source data. What lies near a centre is typical: rare topics, phrasings and languages can be missing. They are made to train on, not to measure a model or to count what people ask.
-- Nothing was filtered for personal data or harmful texts. What the source data has of them can be here.
+- The pairs are no random sample of the source data. What lies near a centre is typical: rare topics, phrasings and languages can be missing. The pairs are there to train on, not to measure a model or to count what people ask.
+- `trl_bpo` filters neither personal data nor harmful texts. What the source data has of them can be here.
 - The licence of the source data and the terms of any models that wrote or judged the responses apply beside the licence named above.
 
 ## Provenance
@@ -378,6 +378,7 @@ class TestCreateDatasetCard:
         assert "helps is open" in limits and "`docs/evidence.md`" in limits
         assert ("selecting pairs by their gradients was not better than drawing" in limits) == (strategy == "gradient")
         assert ("no rule was better than drawing" in limits) == (strategy == "random")
+        assert ("no random sample" in limits) == (strategy == "gradient")
 
     def test_repository_and_configuration(self):
         assert 'load_dataset("me/kept", split="train")' in str(make_card())
@@ -593,6 +594,7 @@ class TestHostileTexts:
         assert set(expected_texts(values, alt)) - {""} <= set(texts)
         assert all(char.isprintable() or char == "\n" for char in str(card))
         assert len(str(card)) < 40_000
+        assert re.findall(r"<!-- trl_bpo:(\w+)", card.text) == ["begin", "end"]
         expected = {
             "pretty_name": one_line(public_value(values["pretty_name"])),
             "license": "other",
@@ -617,6 +619,12 @@ class TestHostileTexts:
     def test_random_mixtures(self, seed):
         rng = random.Random(seed)
         self.check(lambda: "".join(rng.choices(FRAGMENTS, k=rng.randint(1, 8))))
+
+    @pytest.mark.parametrize("title", ["#", "C #", "a ##", "- b", "1. c", "    d"])
+    def test_title(self, title):
+        tokens = RENDERER.parse(make_card(pretty_name=title).text)
+        heading = next(number for number, token in enumerate(tokens) if token.type == "heading_open")
+        assert "".join(child.content for child in tokens[heading + 1].children) == title.strip()
 
     def test_a_million_characters_are_cut(self):
         self.check(lambda: "<b>`long` " * 100_000)

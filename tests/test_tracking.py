@@ -54,8 +54,6 @@ def train(tiny_dir, path, callbacks=None, **kwargs):
         peft_config=LoraConfig(r=4),
         callbacks=callbacks,
     )
-    if not any(isinstance(callback, SelectionPicturesCallback) for callback in trainer.callback_handler.callbacks):
-        trainer.add_callback(SelectionPicturesCallback(trainer.callback_handler, trainer._pool.prompt_ids))
     trainer.train()
     assert trainer.state.global_step == 5
     return trainer

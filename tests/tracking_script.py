@@ -23,7 +23,7 @@ import socket
 import sys
 from pathlib import Path
 
-from trl_bpo.tracking import SelectionPicturesCallback
+import trl_bpo.tracking  # noqa: F401
 
 
 # Before the trainer: TRL imports wandb itself.
@@ -49,8 +49,6 @@ def main(model: str, folder: str, trackers: list[str]) -> None:
         train_dataset=pairs(),
         peft_config=LoraConfig(r=4),
     )
-    if not any(isinstance(callback, SelectionPicturesCallback) for callback in trainer.callback_handler.callbacks):
-        trainer.add_callback(SelectionPicturesCallback(trainer.callback_handler, trainer._pool.prompt_ids))
     trainer.train()
     kept = {"asked": asked, "imported": IMPORTED}
     if "trackio" in trackers:

@@ -124,5 +124,5 @@ def save_pictures(pictures: Mapping[str, tuple["Figure", str]], folder: Path) ->
         `dict[str, str]`: File name -> alt text.
     """
     for name, (figure, _) in pictures.items():
-        figure.savefig(folder / name, dpi=150)
+        figure.savefig(folder / name, dpi=180)
     return {name: alt for name, (_, alt) in pictures.items()}

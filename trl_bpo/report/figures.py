@@ -43,7 +43,7 @@ KEPT, DROPPED = "#0072B2", "#E69F00"
 # The page shows these as the colours of its theme, and so must know them.
 TEXT, MUTED, GRID = "#222222", "#555555", "#DDDDDD"
 # Narrow enough to be read on a phone at its own width.
-_SIZE = (5.0, 3.3)
+_SIZE = (4.3, 3.1)
 # Beyond this many bars their counts would run into each other.
 _MAX_LABELLED_BARS = 12
 _MAX_POINTS = 2000
@@ -167,10 +167,14 @@ def clusters_figure(sizes: np.ndarray, kept: np.ndarray, title: str | None = Non
 
 
 def distances_figure(
-    values: np.ndarray, selected: np.ndarray, title: str | None = None, label: str = "Distance to the centre"
+    values: np.ndarray,
+    selected: np.ndarray,
+    title: str | None = None,
+    label: str = "Distance to the centre",
+    with_cut: bool = True,
 ) -> Figure:
     """
-    How the measure that was selected by is spread over the rows that were kept and dropped, with the cut between them.
+    How a measure is spread over the rows that were kept and dropped, with the cut between them.
 
     Args:
         values (`np.ndarray` of shape `(n,)`):
@@ -181,6 +185,8 @@ def distances_figure(
             Title of the picture.
         label (`str`, *optional*, defaults to `"Distance to the centre"`):
             Name of the measure.
+        with_cut (`bool`, *optional*, defaults to `True`):
+            Whether the rows were selected by this measure, so that there is a cut.
 
     Returns:
         [`~matplotlib.figure.Figure`]: The picture.
@@ -189,14 +195,15 @@ def distances_figure(
     values, selected = values[finite], selected[finite]
     kept, dropped = values[selected], values[~selected]
     cut = None
-    if len(kept) and len(dropped):
+    if with_cut and len(kept) and len(dropped):
         if kept.max() <= dropped.min():
             cut = (kept.max() + dropped.min()) / 2
         elif kept.min() >= dropped.max():
             cut = (kept.min() + dropped.max()) / 2
     # Where every cluster has a cut of its own, they overlap.
-    note = f"one cut, at {cut:.3g}" if cut is not None else "no single cut: each cluster has its own"
-    axes = _axes(title or label, f"{len(kept):,} kept, {len(dropped):,} dropped; {note}", label, "Rows")
+    note = f"; one cut, at {cut:.3g}" if cut is not None else "; no single cut: each cluster has its own"
+    note = note if with_cut else ""
+    axes = _axes(title or label, f"{len(kept):,} kept, {len(dropped):,} dropped{note}", label, "Rows")
     low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
     edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
     axes.hist([kept, dropped], bins=list(edges), stacked=True, color=[KEPT, DROPPED], label=["kept", "dropped"])
@@ -239,8 +246,8 @@ def prompt_map_figure(
         "Second",
     )
     x, y, selected = x[shown], y[shown], selected[shown]
-    axes.scatter(x[~selected], y[~selected], s=9, color=DROPPED, alpha=0.45, linewidths=0, label="dropped", rasterized=True)
-    axes.scatter(x[selected], y[selected], s=11, color=KEPT, alpha=0.8, linewidths=0, label="kept", rasterized=True)
+    axes.scatter(x[~selected], y[~selected], s=9, color=DROPPED, alpha=0.45, linewidths=0, label="dropped")
+    axes.scatter(x[selected], y[selected], s=11, color=KEPT, alpha=0.8, linewidths=0, label="kept")
     axes.scatter(centres[0], centres[1], s=28, marker="x", color=TEXT, linewidths=1.2, label="centre")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -248,7 +255,9 @@ def prompt_map_figure(
     return _figure(axes)
 
 
-def bars_figure(edges: Sequence[float], counts: Sequence[int], title: str, subtitle: str, label: str, what: str) -> Figure:
+def bars_figure(
+    edges: Sequence[float], counts: Sequence[int], title: str, subtitle: str, label: str, what: str
+) -> Figure:
     """
     A histogram that was counted beforehand.
 
