@@ -165,6 +165,11 @@ def main():
         "saved": (folder / "down" / "_curated_dataset" / "README.md").is_file(),
         "pushed_later": outcome(lambda: push_run(folder / "down", "tester/later")),
     }
+    api = HfApi()
+    api.create_repo("tester/mixed", repo_type="dataset")
+    mixed = "---\nconfigs:\n- config_name: mine\n  data_files: mine.jsonl\n---\n"
+    api.upload_file(path_or_fileobj=mixed.encode(), path_in_repo="README.md", repo_id="tester/mixed", repo_type="dataset")
+    content["mixed"] = outcome(lambda: push_run(folder / "run", "tester/mixed"))
     no_pool = outcome(lambda: push_run(folder / "down", "tester/later", pool=True))
     no_run = outcome(lambda: push_run(folder, "tester/later"))
     content["refused"] = {"no_pool": no_pool, "no_run": no_run}

@@ -39,14 +39,16 @@ KEYS = {
     "HF_TOKEN": "hf_PlantedTokenOfTheHub83b2",
     "WANDB_API_KEY": "planted0wandb0key".ljust(40, "9"),
 }
-# Of what lies in `output_dir`, the rest is written by TRL, transformers and PEFT.
+# Of what lies in `output_dir`, the rest is written by TRL, transformers, PEFT and the trackers.
 OURS = ("_breadth", "_collected", "_curated_dataset", "_report", "_selections", "_funnel.json", "README.md")
-# Written by transformers and PEFT into the model repository, with the paths as they were given to them.
-THEIRS = ("adapter_config.json", "tokenizer_config.json", "training_args.bin", "events.out.tfevents")
+# What transformers and PEFT themselves write into a model repository, for every trainer, with the paths that they were
+# given: where the policy lies and where the outputs go.
+THEIRS = ("adapter_config.json", "training_args.bin", "events.out.tfevents.")
 
 
 def contents(name, data):
     """What a file says, unpacked: a key in a compressed column or archive is there as well."""
+    name = name.split("@")[0]
     if name.endswith(".parquet"):
         table = pq.read_table(io.BytesIO(data))
         # The schema has the metadata of the file.
@@ -87,6 +89,8 @@ def run(tiny_dir, encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("place_of_the_run")
     home, output_dir = folder / "home", folder / "out"
     home.mkdir()
+    # What the tracker writes is searched as well, and the underscore keeps it out of the model repository.
+    (output_dir / "_wandb").mkdir(parents=True)
     data = write(folder / "prompts.jsonl", system_multi_turn_and_tools(12))
     received = {}
 
@@ -126,7 +130,7 @@ def run(tiny_dir, encoder, tmp_path_factory):
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "OMP_NUM_THREADS": "1",
-            "WANDB_DIR": str(output_dir),
+            "WANDB_DIR": str(output_dir / "_wandb"),
             "WANDB_MODE": "offline",
         }
         config = folder / "config.yaml"
@@ -134,10 +138,12 @@ def run(tiny_dir, encoder, tmp_path_factory):
         command = [sys.executable, str(RECIPE), "--config", str(config)]
         process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, cwd=folder)
         assert process.returncode == 0, process.stderr[-20000:]
+        # Every commit, since an earlier one can be looked up for ever.
         pushed = {
-            f"{kind} {repo}: {name}": content
-            for kind, repo in hub.repos
-            for name, content in hub.files(kind, repo).items()
+            f"{kind} {name}/{file}@{commit[:8]}": blob.data
+            for (kind, name), repo in hub.repos.items()
+            for commit, tree in repo.trees.items()
+            for file, blob in tree.items()
         }
         asked = json.dumps(judge.requests)
     files = {
@@ -150,7 +156,11 @@ def run(tiny_dir, encoder, tmp_path_factory):
 
 
 def ours(files):
-    return {name: data for name, data in files.items() if name.split("/")[0] in OURS}
+    return {
+        name: data
+        for name, data in files.items()
+        if name.split("/")[0] in OURS or name.endswith("/bpo_selection.safetensors")
+    }
 
 
 def test_the_run_left_what_is_searched(run):
@@ -167,13 +177,19 @@ def test_the_run_left_what_is_searched(run):
         "_selections/pool.parquet",
         "_selections/step-000000/manifest.json",
         "README.md",
-        "training_args.bin",
+        "checkpoint-3/bpo_selection.safetensors",
     ):
-        assert name in files, name
-    assert sum(name.endswith("/train.parquet") for name in files) == 2
-    for name in ("dataset tester/kept: README.md", "model tester/policy: README.md"):
-        assert name in pushed, pushed.keys()
-    assert any("pool" in name for name in pushed) and len(received) > 10 and "rating" in asked
+        assert name in ours(files), name
+    others = files.keys() - ours(files).keys()
+    assert "training_args.bin" in others and any(name.startswith("_wandb/wandb/offline-run") for name in others)
+    assert sum(name.startswith("_selections/step-") and name.endswith("/train.parquet") for name in files) == 2
+    for name in (
+        "dataset tester/kept/README.md",
+        "dataset tester/kept/pool/train-00000-of-00001.parquet",
+        "model tester/policy/README.md",
+    ):
+        assert any(one.startswith(name) for one in pushed), (name, pushed.keys())
+    assert len(received) > 10 and "rating" in asked
     assert "pairs kept (depth)" in stdout
 
 
@@ -211,5 +227,7 @@ def test_no_file_of_ours_tells_where_it_lay(run):
 
 def test_nothing_pushed_tells_where_it_lay(run):
     _, pushed, received, _, places = run
-    assert found(pushed, places) == []
-    assert found(received, places) == []
+    told = {name.split("@")[0] for name, _ in found(pushed, places)}
+    assert not [name for name in told if not name.startswith("model ") or not name.split("/")[-1].startswith(THEIRS)]
+    # The other requests are the commits, with their messages, and what is asked about the files.
+    assert found({name: body for name, body in received.items() if "/_lfs/" not in name}, places) == []

@@ -225,6 +225,13 @@ def test_what_cannot_be_pushed_says_why(pushed):
     assert result["refused"]["no_run"]["is_value_error"]
 
 
+def test_data_in_another_format_is_not_made_unreadable(pushed):
+    hub, result, _, _ = pushed
+    mixed = result["mixed"]
+    assert mixed["is_value_error"] and "['mine']" in mixed["message"] and "Parquet" in mixed["message"]
+    assert len(hub.repos["dataset", "tester/mixed"].log) == 2
+
+
 def test_one_of_two_processes_pushes(pushed):
     hub, _, _, _ = pushed
     log = hub.repos["dataset", "tester/two"].log

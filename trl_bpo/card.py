@@ -27,7 +27,6 @@ from datasets import Features, List, Value
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from .bpo_config import SELECTION_OPTIONS
-from .card_merge import merge_card  # noqa: F401
 from .manifest import installed_versions, public_value
 from .markdown import alt_text, code, escaped, hub_link, is_hub_id, number, one_line, table
 from .report import gini, pairs_per_prompt

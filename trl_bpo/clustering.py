@@ -240,7 +240,8 @@ def nearest_to_centre(
     labels, sizes = np.unique(clustering.labels, return_counts=True)
     # Integers keep the remainders exact: `n_keep * size / n` in floats may tip a tie.
     quotas, remainders = np.divmod(n_keep * sizes, n)
-    first_ids = [min(np.asarray(ids)[clustering.labels == label]) for label in labels]
+    ids = np.asarray(ids)
+    first_ids = [min(ids[clustering.labels == label]) for label in labels]
     for index in np.lexsort((first_ids, -remainders))[: n_keep - quotas.sum()]:
         quotas[index] += 1
     own = np.searchsorted(labels, clustering.labels)

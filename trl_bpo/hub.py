@@ -52,6 +52,7 @@ T = TypeVar("T")
 _MAX_SHARD_BYTES = 500_000_000
 _POOL = "pool"
 _STEP = re.compile(r"step-\d{6,}")
+_NOT_PARQUET = re.compile(r"\.(jsonl?|csv|tsv|txt|arrow|zip|gz|tar)\b")
 _ATTEMPTS = 4
 _FIRST_WAIT = 1.0
 # The request was not wrong: the server was too slow or too busy, or somebody else pushed meanwhile.
@@ -235,6 +236,13 @@ def _commit(
     with TemporaryDirectory() as folder:
         existing = _card_on_hub(api, repo_id, head.sha, folder)
     merged = merge_card(existing, card, dropped_configs=stale_steps, keep_license=keep_license)
+    foreign = [one["config_name"] for one in merged.data.configs or [] if _NOT_PARQUET.search(str(one["data_files"]))]
+    if foreign:
+        raise ValueError(
+            f"{repo_id!r} has configurations of another format than Parquet: {foreign}. `load_dataset` reads all of a "
+            "repository in one format, so that either they or the pushed data could not be loaded any more. Push to "
+            "another repository."
+        )
     operations: list[Any] = [CommitOperationAdd("README.md", str(merged).encode())]
     operations += [CommitOperationAdd(path, str(file)) for path, file in added.items()]
     operations += [CommitOperationDelete(path) for path in deleted]

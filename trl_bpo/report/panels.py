@@ -431,7 +431,7 @@ def cost_panels(run: RunFolder) -> list[Panel]:
         parts += [f"US$ {stage['cost']:.2f}"] if stage["cost"] is not None else []
         return ", ".join(parts)
 
-    names = [visible(stage["stage"], 40) for stage in run.funnel]
+    names = [visible(stage["stage"], 24) for stage in run.funnel]
     seconds = [stage["seconds"] for stage in run.funnel]
     money = sum(stage["cost"] or 0.0 for stage in run.funnel)
     return [
