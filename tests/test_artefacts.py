@@ -181,7 +181,9 @@ def test_the_run_left_what_is_searched(run):
     ):
         assert name in ours(files), name
     others = files.keys() - ours(files).keys()
-    assert "training_args.bin" in others and any(name.startswith("_wandb/wandb/offline-run") for name in others)
+    assert "training_args.bin" in others
+    for name, written in (("tensorboard", "runs/"), ("wandb", "_wandb/wandb/offline-run")):
+        assert not importlib.util.find_spec(name) or any(one.startswith(written) for one in others), name
     assert sum(name.startswith("_selections/step-") and name.endswith("/train.parquet") for name in files) == 2
     for name in (
         "dataset tester/kept/README.md",

@@ -41,7 +41,6 @@ pytest.importorskip("matplotlib", reason="needs matplotlib, which draws the pict
 
 OF_FEATURES = {"bpo/pairs_per_prompt", "bpo/clusters", "bpo/distances"}
 OF_SCORES = {"bpo/pairs_per_prompt", "bpo/scores"}
-SIZE = (750, 495)
 SECRET = "key-that-nobody-may-see"
 SCRIPT = Path(__file__).parent / "tracking_script.py"
 
@@ -78,8 +77,8 @@ def events(folder):
 
 def check_picture(picture):
     pixels = np.asarray(picture.convert("RGB"))
-    # Not blank, and in the size it was drawn in.
-    assert picture.size == SIZE and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+    # Neither blank nor too small to be read.
+    assert min(picture.size) >= 400 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
     return pixels
 
 
@@ -176,9 +175,10 @@ def test_wandb(run):
     for row in check_rows(wandb_rows(file)):
         for name in OF_FEATURES:
             value = row[name]
-            assert value["_type"] == "image-file" and (value["width"], value["height"]) == SIZE
+            picture = Image.open(folder / "files" / value["path"])
+            assert value["_type"] == "image-file" and picture.size == (value["width"], value["height"])
             files.add(value["path"])
-            check_picture(Image.open(folder / "files" / value["path"]))
+            check_picture(picture)
     assert len(files) == len(list((folder / "files" / "media").rglob("*.png"))) == 6
 
 

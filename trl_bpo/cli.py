@@ -18,6 +18,7 @@
 import os
 import sys
 from argparse import ArgumentParser, Namespace
+from io import TextIOWrapper
 from pathlib import Path
 
 from ._version import __version__
@@ -26,37 +27,36 @@ from ._version import __version__
 # Whatever takes time to import, such as torch, is imported by the command that needs it.
 
 
-def _explain(args: Namespace) -> int:
+class _PushError(Exception):
+    pass
+
+
+def _explain(args: Namespace) -> str:
     from .explain import explain
     from .run_folder import RunFolder
 
-    print(explain(RunFolder(args.path), args.id, args.step).text)
-    return 0
+    return explain(RunFolder(args.path), args.id, args.step).text
 
 
-def _report(args: Namespace) -> int:
+def _report(args: Namespace) -> str:
     from .report import write_report
 
-    print(write_report(args.path))
-    return 0
+    return str(write_report(args.path))
 
 
-def _push(args: Namespace) -> int:
+def _push(args: Namespace) -> str:
     from .hub import push_run
 
     try:
-        url = push_run(args.path, args.repo_id, private=args.private, pool=args.pool, license=args.license)
+        return push_run(args.path, args.repo_id, private=args.private, pool=args.pool, license=args.license)
     except ValueError:
         raise
     # Whatever the Hub and the way to it may come up with.
     except Exception as error:
-        _complain(f"The push failed: {type(error).__name__}: {error}")
-        return 1
-    print(url)
-    return 0
+        raise _PushError(f"The push failed: {type(error).__name__}: {error}") from error
 
 
-def _suggest(args: Namespace) -> int:
+def _suggest(args: Namespace) -> str:
     from .embedding import DEFAULT_ENCODER
     from .run_folder import RunFolder
     from .suggest import save_figure, suggest_for_prompts, suggest_for_run
@@ -70,14 +70,14 @@ def _suggest(args: Namespace) -> int:
         encoder = args.encoder or DEFAULT_ENCODER
         options = {"split": args.split, "prompt_column": args.prompt_column, "sample": args.sample, "seed": args.seed}
         suggestions = [suggest_for_prompts(args.target, encoder=encoder, **options)]
-    print("\n\n".join(suggestion.text for suggestion in suggestions))
+    parts = [suggestion.text for suggestion in suggestions]
     if output is not None:
         for suggestion in suggestions:
-            # One picture a stage.
             stage = f"-{suggestion.stage}" if len(suggestions) > 1 else ""
-            save_figure(suggestion, file := output.with_name(f"{output.stem}{stage}{output.suffix}"))
-            print(f"\nPicture: {file}" if suggestion is suggestions[0] else f"Picture: {file}")
-    return 0
+            picture = output.with_name(f"{output.stem}{stage}{output.suffix}")
+            save_figure(suggestion, picture)
+            parts.append(f"Picture: {picture}")
+    return "\n\n".join(parts)
 
 
 def _parser() -> ArgumentParser:
@@ -127,11 +127,11 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _complain(message: str) -> None:
+def _complain(error: Exception) -> None:
     from .explain_text import visible
 
     # Ids, names and what a server says are data as well.
-    print(f"trl-bpo: {visible(' '.join(message.split()))}", file=sys.stderr)
+    sys.stderr.write(f"trl-bpo: {visible(' '.join(str(error).split()))}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a character gets its escape.
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     args = parser.parse_args(argv)
@@ -155,16 +155,18 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        code = args.run(args)
+        sys.stdout.write(f"{args.run(args)}\n")
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever reads has enough, as `head` has. What is left in the buffer must not fail at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except _PushError as error:
+        _complain(error)
+        return 1
     except (ValueError, OSError, ImportError) as error:
-        _complain(str(error))
+        _complain(error)
         return 2
-    return code
+    return 0
 
 
 if __name__ == "__main__":

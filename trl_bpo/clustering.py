@@ -240,8 +240,8 @@ def nearest_to_centre(
     labels, sizes = np.unique(clustering.labels, return_counts=True)
     # Integers keep the remainders exact: `n_keep * size / n` in floats may tip a tie.
     quotas, remainders = np.divmod(n_keep * sizes, n)
-    ids = np.asarray(ids)
-    first_ids = [min(ids[clustering.labels == label]) for label in labels]
+    all_ids = np.asarray(ids)
+    first_ids = [min(all_ids[clustering.labels == label]) for label in labels]
     for index in np.lexsort((first_ids, -remainders))[: n_keep - quotas.sum()]:
         quotas[index] += 1
     own = np.searchsorted(labels, clustering.labels)
@@ -301,6 +301,31 @@ def gaussian_like(features: np.ndarray, normalize: bool) -> Callable[[np.random.
     return draw
 
 
+def gaussian_sample(features: np.ndarray, seed: int = 42, normalize: bool = True) -> np.ndarray:
+    """
+    One draw of [`gaussian_like`], for K-means: up to a rotation, of no more dimensions than there are rows.
+
+    Args:
+        features (`np.ndarray` of shape `(n, d)`):
+            The rows, of unit length if `normalize`.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of the draw.
+        normalize (`bool`, *optional*, defaults to `True`):
+            Whether to scale the sample to unit length.
+
+    Returns:
+        `np.ndarray` of shape `(n, min(n, d))`, float64: The sample; the rows themselves if they all coincide.
+    """
+    features = np.asarray(features, dtype=np.float64)
+    if not (features != features[0]).any():
+        return features.copy()
+    with threadpool_limits(limits=1):
+        if features.shape[1] > len(features):
+            # K-means depends on inner products alone.
+            features = np.asarray(np.linalg.qr(features.T, mode="r")).T
+        return gaussian_like(features, normalize)(np.random.default_rng(seed))
+
+
 def gaussian_variance_explained(
     features: np.ndarray, ids: Sequence[str], n_clusters: int, seed: int = 42, normalize: bool = True
 ) -> float:
@@ -327,11 +352,4 @@ def gaussian_variance_explained(
         `float`: Variance explained of the sample, 0.0 if all rows coincide.
     """
     _, features = _sorted_by_id(np.asarray(features, dtype=np.float64), ids)
-    if not (features != features[0]).any():
-        return 0.0
-    with threadpool_limits(limits=1):
-        if features.shape[1] > len(features):
-            # K-means depends on inner products alone, so no more dimensions are needed than there are rows.
-            features = np.linalg.qr(features.T, mode="r").T
-        sample = gaussian_like(features, normalize)(np.random.default_rng(seed))
-    return _fit(sample, n_clusters, seed)[2]
+    return _fit(gaussian_sample(features, seed, normalize), n_clusters, seed)[2]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 WIDTH = 100
-_SHORT_ID = 16
+_SHORT_HASH, _SHORT_ID = 12, 24
 # Python takes these for printable, but nothing is to be seen of them: joiners, fillers and variation selectors.
 _INVISIBLE = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0}
 _INVISIBLE |= {*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
@@ -94,7 +94,9 @@ def _field(name: str, value: str) -> str:
 
 def _place(place: Place, noun: str, farthest: bool = False) -> Iterator[str]:
     if place.cluster is not None:
-        yield _field("cluster", f"{place.cluster}: {place.cluster_size:,} {noun}s, {place.cluster_kept:,} of them kept")
+        yield _field(
+            "cluster", f"{place.cluster}: {place.cluster_size:,} {noun}s, {place.cluster_kept:,} of them kept"
+        )
         yield _field("distance", f"{place.distance:.6g} from the centre of the cluster")
         yield _field("rank", f"{place.rank:,} in the cluster, 0 is the nearest")
         if place.rank_of_all is not None:
@@ -114,10 +116,7 @@ def _breadth(breadth: PromptInBreadth) -> Iterator[str]:
     yield f"Breadth: {_verdict(breadth.place.selected)} ({counts} are)"
     yield from _place(breadth.place, "prompt")
     if breadth.rows > 1:
-        line = f"{breadth.rows:,} rows have this prompt"
-        if breadth.duplicates:
-            line += f"; {breadth.duplicates:,} of them repeated another in full and dropped out as duplicates"
-        yield f"  {line}."
+        yield f"  {breadth.rows:,} rows have this prompt; dropped as duplicates of another: {breadth.duplicates:,}."
 
 
 def _heading(selection: SelectionOfPairs) -> str:
@@ -161,7 +160,10 @@ def _one_pair(explanation: "Explanation") -> Iterator[str]:
 
 
 def _pair_line(pair: PairInSelection) -> str:
-    return cut(f"  {cut(visible(pair.pair_id), _SHORT_ID):<{_SHORT_ID}}  {_short(pair.place)}", WIDTH)
+    # Of a hash the beginning is enough to ask for it; other ids may differ at their end.
+    name = visible(pair.pair_id)
+    name = name[:_SHORT_HASH] if len(name) == 64 else cut(name, _SHORT_ID)
+    return cut(f"  {name:<{_SHORT_HASH}}  {_short(pair.place)}", WIDTH)
 
 
 def _pairs_of_prompt(explanation: "Explanation") -> Iterator[str]:

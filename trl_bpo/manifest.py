@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 
 _PACKAGES = (
@@ -160,8 +161,14 @@ def training_parameters(args: TrainingArguments) -> dict[str, Any]:
             continue
         factory = field.default_factory
         default = field.default if factory is dataclasses.MISSING else factory()
-        if getattr(args, name) != default:
-            parameters[name] = public_value(values[name])
+        value = values[name]
+        if name == "accelerator_config" and value == AcceleratorConfig().to_dict():
+            continue
+        if isinstance(value, dict):
+            value = {key: item for key, item in value.items() if item is not None}
+        # What the arguments make of an unset field is unset, too.
+        if getattr(args, name) != default and not (not default and value in (None, "", [], {})):
+            parameters[name] = public_value(value)
     return parameters
 
 

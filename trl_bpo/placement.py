@@ -316,9 +316,13 @@ def _places_by_distance(saved: SavedSelection, rows: Sequence[int]) -> list[Plac
             places.append(_left_out(saved.metrics, "embedding" if strategy.startswith("embedding") else "gradient"))
         elif rule is not None:
             verdict = "Kept: it is" if cuts.selected[row] else "Dropped: it is not"
-            sentence = f"{verdict} among the {_few(n_keep, 'pair')} of {len(clustered):,} that `{strategy}` keeps: {rule}."
+            sentence = (
+                f"{verdict} among the {_few(n_keep, 'pair')} of {len(clustered):,} that `{strategy}` keeps: {rule}."
+            )
             if floor:
-                sentence += f" `min_pairs_per_prompt={floor}` keeps {_few(floor, 'pair')} of every prompt all the same."
+                sentence += (
+                    f" `min_pairs_per_prompt={floor}` keeps {_few(floor, 'pair')} of every prompt all the same."
+                )
             places.append(cuts.place(row, "by_rule", sentence, with_cut=False))
         else:
             reason = _decided(cuts.by_rule[row], cuts.selected[row])

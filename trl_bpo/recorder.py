@@ -87,7 +87,8 @@ class SelectionRecorder:
         parameters = training_parameters(trainer.args)
         parameters |= {name: public_value(getattr(trainer.args, name)) for name in SELECTION_OPTIONS}
         inputs = inputs_of_selection(trainer, pool.fingerprint, len(steps))
-        self._manifest = save_selection(self.folder, steps, selection, pool.pairs, metrics, inputs, parameters)
+        listed = [*self._there(steps[:-1]), steps[-1]]
+        self._manifest = save_selection(self.folder, listed, selection, pool.pairs, metrics, inputs, parameters)
         write_json(self.folder / "card.json", self.card_data(selection).to_dict())
 
     def resume(self, selection: DepthSelection, steps: list[int]) -> None:
@@ -105,7 +106,7 @@ class SelectionRecorder:
             return
         pool = self.trainer._pool
         # What the run did after the checkpoint before it was killed is done again.
-        there = [step for step in steps if SavedSelection(self.folder / step_name(step), step).manifest_file.is_file()]
+        there = self._there(steps)
         last = SavedSelection(self.folder / step_name(steps[-1]), steps[-1])
         kept = sha256_of_ids(selection.kept(pool.pairs)["pair_id"])
         if steps[-1] in there and last.manifest["outputs"]["kept"] == kept:
@@ -116,7 +117,11 @@ class SelectionRecorder:
             write_json(self.folder / "index.json", {"steps": there})
             write_json(self.folder / "card.json", self.card_data(selection).to_dict())
         else:
-            self.record(selection, [*(step for step in there if step < steps[-1]), steps[-1]], selection.metrics)
+            self.record(selection, steps, selection.metrics)
+
+    def _there(self, steps: list[int]) -> list[int]:
+        # A run that goes on in another folder has left its earlier selections behind.
+        return [step for step in steps if SavedSelection(self.folder / step_name(step), step).manifest_file.is_file()]
 
     def card_data(self, selection: DepthSelection) -> CuratedCardData:
         """

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
-from .clustering import cluster, default_n_clusters, gaussian_like
+from .clustering import cluster, default_n_clusters, gaussian_sample
 from .embedding import DEFAULT_ENCODER
 from .run_folder import RunFolder
 
@@ -84,12 +83,7 @@ def gaussian_elbow(sample: np.ndarray, ks: list[int], seed: int = 42, normalize:
     Returns:
         `list[tuple[int, float]]`: Number of clusters and variance explained, in the order of `ks`.
     """
-    sample = np.asarray(sample, dtype=np.float64)
-    with threadpool_limits(limits=1):
-        if sample.shape[1] > len(sample):
-            sample = np.linalg.qr(sample.T, mode="r").T
-        drawn = gaussian_like(sample, normalize)(np.random.default_rng(seed))
-    return elbow(drawn, ks, seed)
+    return elbow(gaussian_sample(sample, seed, normalize), ks, seed)
 
 
 def _above_chord(x: np.ndarray, y: np.ndarray) -> np.ndarray:
