@@ -28,9 +28,9 @@ import pyarrow.parquet as pq
 from accelerate import PartialState
 from datasets import load_dataset
 from huggingface_hub import DatasetCard, HfApi
+from pairs import config, pairs
 from peft import LoraConfig
 
-from pairs import config, pairs
 from trl_bpo import BPOTrainer
 from trl_bpo.hub import push_run
 from trl_bpo.run_folder import RunFolder
@@ -103,7 +103,9 @@ def existing_card(folder):
     for path, content in {
         "README.md": (folder / "existing.md").read_bytes(),
         "mine/train.parquet": (folder / "mine.parquet").read_bytes(),
-        "step-000777/train-00000-of-00001.parquet": (folder / "run/_selections/step-000000/train.parquet").read_bytes(),
+        "step-000777/train-00000-of-00001.parquet": (
+            folder / "run/_selections/step-000000/train.parquet"
+        ).read_bytes(),
         "data/train-00001-of-00002.parquet": b"stale",
         "notes.txt": b"keep me",
     }.items():
@@ -168,7 +170,9 @@ def main():
     api = HfApi()
     api.create_repo("tester/mixed", repo_type="dataset")
     mixed = "---\nconfigs:\n- config_name: mine\n  data_files: mine.jsonl\n---\n"
-    api.upload_file(path_or_fileobj=mixed.encode(), path_in_repo="README.md", repo_id="tester/mixed", repo_type="dataset")
+    api.upload_file(
+        path_or_fileobj=mixed.encode(), path_in_repo="README.md", repo_id="tester/mixed", repo_type="dataset"
+    )
     content["mixed"] = outcome(lambda: push_run(folder / "run", "tester/mixed"))
     no_pool = outcome(lambda: push_run(folder / "down", "tester/later", pool=True))
     no_run = outcome(lambda: push_run(folder, "tester/later"))

@@ -764,7 +764,7 @@ def test_overridden_methods_have_the_signature_of_the_parent():
             "get_batch_samples",
             "_save_checkpoint",
         ),
-        "_load_optimizer_and_scheduler",
+        *("_load_optimizer_and_scheduler", "create_model_card"),
     }
     functions = {name: value for name, value in vars(BPOTrainer).items() if inspect.isfunction(value)}
     assert {name for name in functions if hasattr(DPOTrainer, name)} == overridden

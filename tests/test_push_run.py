@@ -25,7 +25,6 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset
-
 from minihub import MiniHub
 
 

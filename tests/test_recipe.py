@@ -166,7 +166,7 @@ def test_everything_over_an_api_and_again_without_a_request(recipe, tiny_dir, tm
         assert len(server.requests) == asked
     assert "tokens, $0.00" in printed and "the longer response is the chosen one in" in printed
     card = (tmp_path / "out" / "_curated_dataset" / "README.md").read_text()
-    assert "tokens, \\$0.00" in card
+    assert "tokens, &#36;0.00" in card
 
 
 def test_from_responses_with_a_reward_model(recipe, tiny_dir, tmp_path, capsys):

@@ -14,6 +14,7 @@
 
 """Configuration of [`BPOTrainer`]."""
 
+import logging
 from dataclasses import dataclass, field
 
 from huggingface_hub import get_token
@@ -24,6 +25,8 @@ from .clustering import SCOPES, check_fraction
 from .embedding import DEFAULT_ENCODER
 from .feature_store import DTYPES
 
+
+logger = logging.getLogger(__name__)
 
 FEATURES = ("pair", "sum", "chosen")
 HUB_STRATEGIES = ("end", "every_selection")
@@ -268,6 +271,11 @@ class BPOConfig(DPOConfig):
                     "`curated_dataset_hub_id` is set, but there is no token to push with. Set `HF_TOKEN` or log in with "
                     "`hf auth login`."
                 )
+        if self.hub_token is not None:
+            logger.warning(
+                "`hub_token` is saved in clear in `training_args.bin`, which is in every checkpoint and is pushed with the "
+                "model. Set the environment variable `HF_TOKEN` instead."
+            )
         if self.depth_fraction < 1.0:
             for name, (value, reason) in _NOT_WITH_SELECTION.items():
                 if getattr(self, name) != value:

@@ -381,10 +381,10 @@ def create_dataset_card(
 
 def _judge_of(dataset: Any) -> str | None:
     # Pairs that were built from saved scores say who gave them.
-    if "judge" not in dataset.column_names:
+    if dataset.features.get("judge") not in (Value("string"), Value("large_string")):
         return None
     judges = dataset.select_columns("judge").with_format("arrow")[:]["judge"].unique().to_pylist()
-    return judges[0] if len(judges) == 1 and isinstance(judges[0], str) else None
+    return judges[0] if len(judges) == 1 else None
 
 
 def _digests(manifest: dict[str, Any]) -> dict[str, str]:

@@ -236,7 +236,11 @@ def _commit(
     with TemporaryDirectory() as folder:
         existing = _card_on_hub(api, repo_id, head.sha, folder)
     merged = merge_card(existing, card, dropped_configs=stale_steps, keep_license=keep_license)
-    foreign = [one["config_name"] for one in merged.data.configs or [] if _NOT_PARQUET.search(str(one["data_files"]))]
+    foreign = [
+        one["config_name"]
+        for one in merged.data.to_dict().get("configs", [])
+        if _NOT_PARQUET.search(str(one["data_files"]))
+    ]
     if foreign:
         raise ValueError(
             f"{repo_id!r} has configurations of another format than Parquet: {foreign}. `load_dataset` reads all of a "

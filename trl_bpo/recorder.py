@@ -19,6 +19,7 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from accelerate.logging import get_logger
 from huggingface_hub import run_as_future
@@ -108,7 +109,7 @@ class SelectionRecorder:
         # What the run did after the checkpoint before it was killed is done again.
         there = self._there(steps)
         last = SavedSelection(self.folder / step_name(steps[-1]), steps[-1])
-        kept = sha256_of_ids(selection.kept(pool.pairs)["pair_id"])
+        kept = sha256_of_ids(pool.pair_ids[row] for row in np.flatnonzero(selection.selected))
         if steps[-1] in there and last.manifest["outputs"]["kept"] == kept:
             self._manifest = last.manifest
             self._pool_table = save_pool(
@@ -183,7 +184,7 @@ class SelectionRecorder:
                 Dataset repository.
         """
         if self._push is None or self._push.done():
-            self._push = run_as_future(self._try, "pushed", lambda: self.push(repo_id))
+            self._push = run_as_future(self._try, f"pushed to {repo_id}", lambda: self.push(repo_id))
 
     def finish(self, selection: DepthSelection) -> None:
         """
@@ -197,10 +198,11 @@ class SelectionRecorder:
         args = self.trainer.args
         if args.should_save:
             self._try("saved", lambda: self._save(selection))
-        if args.curated_dataset_hub_id is not None and self.trainer.accelerator.is_main_process:
+        hub_id = args.curated_dataset_hub_id
+        if hub_id is not None and self.trainer.accelerator.is_main_process:
             if self._push is not None:
                 wait([self._push])
-            self._try("pushed", lambda: self.push(args.curated_dataset_hub_id))
+            self._try(f"pushed to {hub_id}", lambda: self.push(hub_id))
 
     def _save(self, selection: DepthSelection) -> None:
         run = RunFolder(self.folder.parent)

@@ -203,7 +203,7 @@ def save_selection(
     table = Path(f"{path}.parquet")
     selection.annotate(pairs.select_columns(["pair_id", "prompt_id"])).to_parquet(table)
     write_json(Path(f"{path}.json"), {"step": step, **metrics})
-    outputs = {"kept": sha256_of_ids(kept["pair_id"]), "num_kept": len(kept)}
+    outputs = {"kept": sha256_of_ids(map(str, kept["pair_id"])), "num_kept": len(kept)}
     outputs |= {"train.parquet": path / "train.parquet", table.name: table}
     manifest = write_manifest(path / "manifest.json", "depth", inputs, parameters, outputs, step=step)
     # Last, so that a selection that is listed is whole.

@@ -160,6 +160,8 @@ def clusters_figure(sizes: np.ndarray, kept: np.ndarray, title: str | None = Non
     width = 0.8 if len(sizes) <= 60 else 1.0
     axes.bar(places, kept, width=width, color=KEPT, label="kept")
     axes.bar(places, sizes - kept, bottom=kept, width=width, color=DROPPED, label="dropped")
+    # Room for the legend where all clusters are equally large.
+    axes.margins(y=0.25)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     _counts_on(axes)
     _legend(axes)
