@@ -592,8 +592,9 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         if trainer.selection is not None:
             try:
                 print(f"Report: {write_report(training_args.output_dir)}")
-            except ImportError as error:
-                print(f"No report was written. {error}")
+            # The model is there, whatever a page may come to.
+            except Exception as error:
+                print(f"No report was written: {error}\nTry again with `trl-bpo report {training_args.output_dir}`.")
     curated = " and curated dataset" if trainer.selection is not None else ""
     trainer.accelerator.print(f"Model, cards{curated}: {training_args.output_dir}")
     # The group is taken down with the interpreter's lock held. A thread of gloo that needs the lock to let go of the last

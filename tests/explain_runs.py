@@ -25,7 +25,7 @@ from pairs import pairs as random_pairs
 from trl_bpo import BPOTrainer, BreadthSelector, DepthSelector
 from trl_bpo.manifest import write_json
 from trl_bpo.run_folder import RunFolder
-from trl_bpo.selection_state import save_selection
+from trl_bpo.selection_state import list_selections, save_selection
 from trl_bpo.strategies import RULE_OF_STRATEGY
 
 
@@ -71,7 +71,8 @@ def save_selections(
         parameters = {"depth_fraction": fraction, "depth_strategy": strategy, "depth_scope": scope}
         parameters |= {"min_pairs_per_prompt": floor, "normalize_gradients": True}
         steps.append(5 * number)
-        save_selection(target, list(steps), selection, pairs, selection.metrics, {}, parameters)
+        save_selection(target, steps[-1], selection, pairs, selection.metrics, {}, parameters)
+        list_selections(target, steps)
         selections.append(selection)
     table = {"pair_id": pair_ids, "prompt_id": prompt_ids, "prompt": [texts[i // of] for i in range(n)]}
     pq.write_table(pa.table(table), target / "pool.parquet")

@@ -25,7 +25,8 @@ from trl_bpo.card import CuratedCardData
 from trl_bpo.clustering import cluster
 from trl_bpo.manifest import write_json
 from trl_bpo.report import statistics
-from trl_bpo.selection_state import save_feature_sample, save_pool, save_selection
+from trl_bpo.run_folder import step_name
+from trl_bpo.selection_state import list_selections, save_feature_sample, save_pool, save_selection
 
 
 def save_breadth(folder, prompts, n_kept):
@@ -104,16 +105,15 @@ def save_pairs(folder, prompts, steps=(0, 5), strategy="gradient", scores=True, 
             "min_pairs_per_prompt": 0,
         }
         inputs = {"pool": "ab" * 32, "model": "org/model"}
-        manifest = save_selection(
-            target, list(steps[: number + 1]), selection, pairs, selection.metrics, inputs, parameters
-        )
+        manifest = save_selection(target, steps[number], selection, pairs, selection.metrics, inputs, parameters)
     card = CuratedCardData(
         pretty_name="Pairs",
         num_pairs=manifest["outputs"]["num_kept"],
         num_prompts=len(prompts),
         statistics=statistics(pool, selection.selected),
     )
-    write_json(target / "card.json", card.to_dict())
+    write_json(target / step_name(steps[-1]) / "card.json", card.to_dict())
+    list_selections(target, list(steps))
     return pairs
 
 

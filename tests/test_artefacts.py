@@ -173,7 +173,7 @@ def test_the_run_left_what_is_searched(run):
         "_curated_dataset/README.md",
         "_funnel.json",
         "_report/index.html",
-        "_selections/card.json",
+        "_selections/step-000000/card.json",
         "_selections/pool.parquet",
         "_selections/step-000000/manifest.json",
         "README.md",

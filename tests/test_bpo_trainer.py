@@ -256,9 +256,10 @@ def test_each_selection_is_saved(tiny_dir, tmp_path):
     trainer.train()
     folder = tmp_path / "_selections"
     assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.*")) == [
-        *("card.json", "index.json", "pool.parquet", "sample.safetensors"),
-        *("step-000000.json", "step-000000.parquet", "step-000000/manifest.json", "step-000000/train.parquet"),
-        *("step-000005.json", "step-000005.parquet", "step-000005/manifest.json", "step-000005/train.parquet"),
+        *("index.json", "pool.parquet", "sample.safetensors", "step-000000.json", "step-000000.parquet"),
+        *(f"step-000000/{name}" for name in ("card.json", "manifest.json", "train.parquet")),
+        *("step-000005.json", "step-000005.parquet"),
+        *(f"step-000005/{name}" for name in ("card.json", "manifest.json", "train.parquet")),
     ]
     for step, selected in trainer.selections:
         kept = load_dataset(str(folder / f"step-{step:06d}"), split="train", cache_dir=str(tmp_path / "cache"))

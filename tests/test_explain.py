@@ -21,11 +21,12 @@ from explain_runs import hashed, largest_remainder, nearest, random_features, re
 
 from trl_bpo.bpo_config import DATA_STRATEGIES, POLICY_STRATEGIES
 from trl_bpo.explain import explain
-from trl_bpo.explain_text import WIDTH, cut, visible
+from trl_bpo.explain_text import WIDTH, cut
 from trl_bpo.placement import _BY_SCORE, _WITHOUT_CUT
 from trl_bpo.prompts import prompt_id
 from trl_bpo.run_folder import RunFolder
 from trl_bpo.strategies import RULE_OF_STRATEGY
+from trl_bpo.visible import visible
 
 
 STEPS_OF_REAL_RUN = [0, 3, 6]
@@ -94,7 +95,7 @@ def test_a_kept_and_a_dropped_id_in_words(real):
         place = explanation.selections[-1].pairs[0].place
         lines = explanation.text.splitlines()
         assert lines[0].split() == ["Pair", one]
-        assert "Breadth: kept (16 of 40 prompts are)" in lines
+        assert "Breadth: kept (16 of 40 prompts are kept)" in lines
         assert [line.split()[4] for line in lines if line.startswith("Depth at step ")][:2] == [
             "kept" if selection.pairs[0].place.selected else "dropped" for selection in explanation.selections[:-1]
         ]

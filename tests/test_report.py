@@ -20,7 +20,7 @@ import pyarrow as pa
 import pytest
 from matplotlib.image import imread
 
-from trl_bpo.report import gini, pairs_per_prompt, plot_pairs_per_prompt, statistics, summary_table
+from trl_bpo.report import gini, histogram_of, pairs_per_prompt, plot_pairs_per_prompt, statistics, summary_table
 from trl_bpo.report.figures import clusters_figure, distances_figure, pairs_per_prompt_figure, prompt_map_figure
 
 
@@ -38,6 +38,17 @@ class TestPairsPerPrompt:
     def test_unknown_prompt_raises(self):
         with pytest.raises(ValueError, match="1 prompt.*'z'"):
             pairs_per_prompt(["a"], ["a", "z", "z"])
+
+
+class TestHistogramOf:
+    def test_agrees_with_the_ids(self):
+        rng = np.random.default_rng(0)
+        ids = rng.integers(0, 40, 200).astype(str)
+        for share in (0.0, 0.1, 0.7, 1.0):
+            selected = rng.random(200) < share
+            expected = pairs_per_prompt(ids.tolist(), ids[selected].tolist())
+            found = histogram_of(pa.chunked_array([ids[:50].tolist(), ids[50:].tolist()]), selected)
+            assert found == expected and list(found) == list(expected)
 
 
 class TestGini:

@@ -25,8 +25,8 @@ import pytest
 from run_files import save_pairs, save_run
 
 from trl_bpo.report import write_report
-from trl_bpo.report.panels import visible
 from trl_bpo.run_folder import RunFolder
+from trl_bpo.visible import excerpt
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -184,8 +184,8 @@ def test_hostile_texts_are_shown_as_text(hostile):
     elements.feed(page.read_text())
     text = "".join(elements.text)
     for prompt in HOSTILE:
-        assert visible(prompt) in text
-    assert "49" not in elements.text and "\\u202eright to left" in text and "\\u0000" in text
+        assert excerpt(prompt) in text
+    assert "49" not in elements.text and "\\u202eright to left" in text and "\\x00" in text
     assert "x" * 400 not in text and not re.search("[\u202a-\u202e\u2066-\u2069\u200b\x00\x1b]", text)
 
 
@@ -194,14 +194,14 @@ def test_hostile_texts_are_shown_as_text(hostile):
     [
         ("a\nb\t c", "a b c"),
         ("a\u202eb", "a\\u202eb"),
-        ("\x00\u200b", "\\u0000\\u200b"),
+        ("\x00\u200b", "\\x00\\u200b"),
         ("é 漢字 🙂", "é 漢字 🙂"),
         ("\ud800", "\\ud800"),
         ("x" * 500, "x" * 300 + "…"),
     ],
 )
-def test_visible(text, shown):
-    assert visible(text) == shown
+def test_excerpt(text, shown):
+    assert excerpt(text) == shown
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_the_page_in_a_browser(browser, request, which, width, height, scheme):
     # Nothing but the page itself; the icon is empty.
     assert [url for url in requests if not url.startswith("data:")] == [file.resolve().as_uri()]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.title() == f"{visible(folder.name)}: what BPO kept"
+    assert page.title() == f"{excerpt(folder.name)}: what BPO kept"
     pictures = page.evaluate(
         """[...document.querySelectorAll('svg')].map(svg => {
             const box = svg.getBoundingClientRect();

@@ -27,6 +27,7 @@ from safetensors.numpy import load_file
 from trl_bpo import DepthSelector
 from trl_bpo.selection_state import (
     FILE_NAME,
+    list_selections,
     load_header,
     load_selection_state,
     save_feature_sample,
@@ -139,10 +140,11 @@ def test_files_of_a_selection(tmp_path, kind):
     pairs = Dataset.from_dict(columns | {"depth_selected": [True] * 12, "depth_rank": [99] * 12})
     folder = tmp_path / "a"
     options = {"inputs": {"pool": "ab"}, "parameters": {"depth_fraction": 0.5}}
-    manifest = save_selection(folder, [3, 7], selection, pairs, {"active_pairs": 6.0}, **options)
+    manifest = save_selection(folder, 7, selection, pairs, {"active_pairs": 6.0}, **options)
     names = {str(path.relative_to(folder)) for path in folder.rglob("*.*")}
     files = {f"step-000007{name}" for name in (".json", ".parquet", "/train.parquet", "/manifest.json")}
-    assert names == {"index.json", *files}
+    assert names == files
+    list_selections(folder, [3, 7])
     assert json.loads((folder / "index.json").read_text()) == {"steps": [3, 7]}
     assert json.loads((folder / "step-000007.json").read_text()) == {"step": 7, "active_pairs": 6.0}
     cache = str(tmp_path / "cache")

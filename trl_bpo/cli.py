@@ -128,7 +128,7 @@ def _parser() -> ArgumentParser:
 
 
 def _complain(error: Exception) -> None:
-    from .explain_text import visible
+    from .visible import visible
 
     # Ids, names and what a server says are data as well.
     sys.stderr.write(f"trl-bpo: {visible(' '.join(str(error).split()))}\n")

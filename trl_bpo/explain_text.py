@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .placement import PairInSelection, Place, PromptInBreadth, SelectionOfPairs
+from .visible import visible
 
 
 if TYPE_CHECKING:
@@ -29,32 +30,11 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 _SHORT_HASH, _SHORT_ID = 12, 24
-# Python takes these for printable, but nothing is to be seen of them: joiners, fillers and variation selectors.
-_INVISIBLE = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0}
-_INVISIBLE |= {*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
 _REASONS = {
     "added": "kept for its prompt",
     "displaced": "made room for another prompt",
     "left_out": "no usable gradient or score",
 }
-
-
-def visible(text: str) -> str:
-    """
-    A text with everything that a terminal would not show, or obey, as an escape: control characters, line breaks, marks
-    of direction, and characters without a width.
-
-    Args:
-        text (`str`):
-            Any text.
-
-    Returns:
-        `str`: One line.
-    """
-    return "".join(
-        char if char.isprintable() and ord(char) not in _INVISIBLE else char.encode("unicode_escape").decode()
-        for char in text
-    )
 
 
 def _columns(char: str) -> int:
@@ -113,7 +93,7 @@ def _place(place: Place, noun: str, farthest: bool = False) -> Iterator[str]:
 
 def _breadth(breadth: PromptInBreadth) -> Iterator[str]:
     counts = f"{breadth.num_kept:,} of {breadth.num_prompts:,} prompts"
-    yield f"Breadth: {_verdict(breadth.place.selected)} ({counts} are)"
+    yield f"Breadth: {_verdict(breadth.place.selected)} ({counts} are kept)"
     yield from _place(breadth.place, "prompt")
     if breadth.rows > 1:
         yield f"  {breadth.rows:,} rows have this prompt; dropped as duplicates of another: {breadth.duplicates:,}."

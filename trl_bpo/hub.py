@@ -401,17 +401,18 @@ def push_run(
     """
     _check(repo_id, token)
     run = RunFolder(path)
-    if not run.selections or run.card_data is None:
+    card_data = run.card_data
+    if card_data is None:
         raise ValueError(f"{str(path)!r} holds no selection of pairs, so there is nothing to push.")
     last: SavedSelection = run.selections[-1]
     data = {"default": [last.kept_file]} | {step_name(one.step): [one.kept_file] for one in run.selections}
     others = {"data/manifest.json": last.manifest_file}
     others |= {f"{step_name(one.step)}/manifest.json": one.manifest_file for one in run.selections}
     card_data = dataclasses.replace(
-        run.card_data,
+        card_data,
         repo_id=repo_id,
-        license=run.card_data.license if license is None else license,
-        license_is_inherited=run.card_data.license_is_inherited and license is None,
+        license=card_data.license if license is None else license,
+        license_is_inherited=card_data.license_is_inherited and license is None,
         has_pool=pool,
         selections=[(step_name(one.step), one.step, one.manifest["outputs"]["num_kept"]) for one in run.selections],
     )

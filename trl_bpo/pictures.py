@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .report import pairs_per_prompt
+from .report import histogram_of
 from .run_folder import RunFolder
 
 
@@ -73,10 +73,7 @@ def pictures_of_run(run: RunFolder) -> dict[str, tuple["Figure", str]]:
 
     pairs = run.selections[-1].pairs
     selected = pairs["depth_selected"].to_numpy()
-    prompt_ids = pairs["prompt_id"]
-    kept_ids = prompt_ids.filter(pairs["depth_selected"])
-    histogram = pairs_per_prompt(prompt_ids.to_pylist(), kept_ids.to_pylist())
-    pictures = {"pairs_per_prompt.png": histogram_picture(histogram)}
+    pictures = {"pairs_per_prompt.png": histogram_picture(histogram_of(pairs["prompt_id"], selected))}
     if "depth_cluster" in pairs.column_names:
         clusters, distances = pairs["depth_cluster"].to_numpy(), pairs["depth_distance"].to_numpy()
         used = clusters >= 0

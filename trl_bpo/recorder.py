@@ -30,7 +30,7 @@ from .depth import DepthSelection
 from .hub import check_curated_repo, push_run, save_curated_dataset
 from .manifest import public_value, sha256_of_ids, training_parameters, write_json
 from .run_folder import SELECTIONS, RunFolder, SavedSelection, step_name
-from .selection_state import inputs_of_selection, save_feature_sample, save_pool, save_selection
+from .selection_state import inputs_of_selection, list_selections, save_feature_sample, save_pool, save_selection
 
 
 logger = get_logger(__name__)
@@ -66,7 +66,7 @@ class SelectionRecorder:
 
     def record(self, selection: DepthSelection, steps: list[int], metrics: dict[str, float]) -> None:
         """
-        Save a selection, see [`~selection_state.save_selection`], and what its card shows as `card.json`.
+        Save a selection, see [`~selection_state.save_selection`], with what its card shows as `card.json`, and list it.
 
         Args:
             selection ([`DepthSelection`]):
@@ -88,9 +88,10 @@ class SelectionRecorder:
         parameters = training_parameters(trainer.args)
         parameters |= {name: public_value(getattr(trainer.args, name)) for name in SELECTION_OPTIONS}
         inputs = inputs_of_selection(trainer, pool.fingerprint, len(steps))
-        listed = [*self._there(steps[:-1]), steps[-1]]
-        self._manifest = save_selection(self.folder, listed, selection, pool.pairs, metrics, inputs, parameters)
-        write_json(self.folder / "card.json", self.card_data(selection).to_dict())
+        step = steps[-1]
+        self._manifest = save_selection(self.folder, step, selection, pool.pairs, metrics, inputs, parameters)
+        write_json(self.folder / step_name(step) / "card.json", self.card_data(selection).to_dict())
+        list_selections(self.folder, [*self._there(steps[:-1]), step])
 
     def resume(self, selection: DepthSelection, steps: list[int]) -> None:
         """
@@ -115,8 +116,8 @@ class SelectionRecorder:
             self._pool_table = save_pool(
                 self.folder, pool.pairs, self.trainer.train_dataset, self.trainer.args.curated_dataset_push_pool
             )
-            write_json(self.folder / "index.json", {"steps": there})
-            write_json(self.folder / "card.json", self.card_data(selection).to_dict())
+            write_json(last.card_file, self.card_data(selection).to_dict())
+            list_selections(self.folder, there)
         else:
             self.record(selection, steps, selection.metrics)
 

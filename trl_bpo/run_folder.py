@@ -110,9 +110,14 @@ class SavedSelection:
         """JSON file of what it was made from, by which parameters, and what came out."""
         return self.path / "manifest.json"
 
+    @property
+    def card_file(self) -> Path:
+        """JSON file of what its card shows."""
+        return self.path / "card.json"
+
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """The content of that file."""
+        """The content of the manifest."""
         return _json(self.manifest_file)
 
     @cached_property
@@ -203,5 +208,4 @@ class RunFolder:
         # The card draws on the report, which reads run folders.
         from .card import CuratedCardData
 
-        file = self._selections / "card.json"
-        return CuratedCardData.from_dict(_json(file)) if file.is_file() else None
+        return CuratedCardData.from_dict(_json(self.selections[-1].card_file)) if self.selections else None

@@ -164,7 +164,7 @@ def inputs_of_selection(trainer: Any, pool: str, number: int) -> dict[str, Any]:
 
 def save_selection(
     folder: Path,
-    steps: list[int],
+    step: int,
     selection: DepthSelection,
     pairs: Dataset,
     metrics: dict[str, float],
@@ -174,13 +174,13 @@ def save_selection(
     """
     Save a selection under the name `step-{step:06d}`: the kept pairs with all columns as `train.parquet` in a folder of
     that name, with the manifest beside them as `manifest.json`; every pair with its ids and `depth_*` columns as
-    `{name}.parquet`; and the metrics as `{name}.json`. `index.json` then lists the selections of this run.
+    `{name}.parquet`; and the metrics as `{name}.json`. It counts once [`list_selections`] has listed it.
 
     Args:
         folder (`Path`):
             Folder of the selections, created if need be.
-        steps (`list[int]`):
-            Optimizer steps of the selections of this run; the last is that of this one.
+        step (`int`):
+            Optimizer step of the selection.
         selection ([`DepthSelection`]):
             The selection.
         pairs ([`~datasets.Dataset`]):
@@ -195,7 +195,6 @@ def save_selection(
     Returns:
         `dict[str, Any]`: The manifest.
     """
-    step = steps[-1]
     path = folder / step_name(step)
     path.mkdir(parents=True, exist_ok=True)
     kept = selection.kept(pairs)
@@ -205,10 +204,20 @@ def save_selection(
     write_json(Path(f"{path}.json"), {"step": step, **metrics})
     outputs = {"kept": sha256_of_ids(map(str, kept["pair_id"])), "num_kept": len(kept)}
     outputs |= {"train.parquet": path / "train.parquet", table.name: table}
-    manifest = write_manifest(path / "manifest.json", "depth", inputs, parameters, outputs, step=step)
-    # Last, so that a selection that is listed is whole.
+    return write_manifest(path / "manifest.json", "depth", inputs, parameters, outputs, step=step)
+
+
+def list_selections(folder: Path, steps: list[int]) -> None:
+    """
+    Say which selections are of this run. Until one is listed nobody reads it, so that what is read is whole.
+
+    Args:
+        folder (`Path`):
+            Folder of the selections.
+        steps (`list[int]`):
+            Their optimizer steps, in their order.
+    """
     write_json(folder / "index.json", {"steps": steps})
-    return manifest
 
 
 def save_selection_state(

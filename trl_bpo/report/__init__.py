@@ -16,10 +16,18 @@
 
 from pathlib import Path
 
-from .numbers import gini, pairs_per_prompt, statistics, summary_table
+from .numbers import gini, histogram_of, pairs_per_prompt, statistics, summary_table
 
 
-__all__ = ["gini", "pairs_per_prompt", "plot_pairs_per_prompt", "statistics", "summary_table", "write_report"]
+__all__ = [
+    "gini",
+    "histogram_of",
+    "pairs_per_prompt",
+    "plot_pairs_per_prompt",
+    "statistics",
+    "summary_table",
+    "write_report",
+]
 
 
 def plot_pairs_per_prompt(histogram: dict[int, int], path: str | Path, title: str | None = None) -> None:

@@ -50,6 +50,25 @@ def pairs_per_prompt(prompt_ids_pool: Sequence[str], prompt_ids_kept: Sequence[s
     return {0: len(pool) - len(kept), **dict(sorted(histogram.items()))}
 
 
+def histogram_of(prompt_ids: pa.ChunkedArray, selected: np.ndarray) -> dict[int, int]:
+    """
+    The same of columns of a table. Memory: about 20 bytes a pair.
+
+    Args:
+        prompt_ids (`pyarrow.ChunkedArray`):
+            The `prompt_id` of every pair of the pool.
+        selected (`np.ndarray` of shape `(n,)`, bool):
+            Whether each pair was kept.
+
+    Returns:
+        `dict[int, int]`: Number of kept pairs -> number of prompts, see [`pairs_per_prompt`].
+    """
+    encoded = prompt_ids.combine_chunks().dictionary_encode()
+    prompts = encoded.indices.to_numpy(zero_copy_only=False)
+    counts = np.bincount(np.bincount(prompts[selected], minlength=len(encoded.dictionary)))
+    return {0: int(counts[0])} | {kept: int(counts[kept]) for kept in np.flatnonzero(counts).tolist() if kept}
+
+
 def gini(histogram: dict[int, int]) -> float:
     """
     Gini coefficient of how the kept pairs are spread over the prompts.

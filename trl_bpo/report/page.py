@@ -26,9 +26,10 @@ import pyarrow.parquet as pq
 
 from ..manifest import write_json
 from ..run_folder import RunFolder
+from ..visible import excerpt
 from . import figures
 from .numbers import statistics
-from .panels import Panel, all_panels, numbers_of, visible
+from .panels import Panel, all_panels, numbers_of
 
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _key_numbers(run: RunFolder) -> list[tuple[str, str]]:
         last = run.selections[-1]
         numbers.append(("pairs kept", f"{int(last.metrics['active_pairs']):,} of {last.pairs.num_rows:,}"))
         numbers.append(("selections", f"{len(run.selections):,}, the last at step {last.step:,}"))
-        numbers.append(("strategy", visible(last.manifest["parameters"].get("depth_strategy", "gradient"), 40)))
+        numbers.append(("strategy", excerpt(last.manifest["parameters"]["depth_strategy"], 40)))
     cost = [stage["cost"] for stage in run.funnel if stage["cost"] is not None]
     return [*numbers, ("money", f"US$ {sum(cost):.2f}")] if cost else numbers
 
@@ -98,7 +99,7 @@ def _provenance(run: RunFolder) -> list[tuple[str, str]]:
             rows += [(f"{stage}: {name}", value) for name, value in manifest[kind].items()]
     if manifests:
         rows += [(f"version of {name}", value) for name, value in list(manifests.values())[-1]["versions"].items()]
-    return [(visible(name), visible(value)) for name, value in rows]
+    return [(excerpt(name), excerpt(str(value))) for name, value in rows]
 
 
 def write_page(path: str | Path) -> Path:
@@ -129,7 +130,7 @@ def write_page(path: str | Path) -> Path:
     if run.pool is not None:
         selected = run.selections[-1].pairs["depth_selected"].to_numpy()
         before_after = statistics(run.pool, selected)
-    numbers = {"run": visible(run.name), "statistics": before_after, "panels": numbers_of(panels)}
+    numbers = {"run": excerpt(run.name), "statistics": before_after, "panels": numbers_of(panels)}
     write_json(folder / "numbers.json", numbers)
 
     def drawn(panel: Panel) -> dict[str, Any]:
@@ -148,9 +149,9 @@ def write_page(path: str | Path) -> Path:
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("report.html").render(
-        name=visible(run.name),
+        name=excerpt(run.name),
         key_numbers=_key_numbers(run),
-        funnel=[(visible(one["stage"]), f"{one['rows']:,}", visible(one["note"])) for one in run.funnel],
+        funnel=[(excerpt(one["stage"]), f"{one['rows']:,}", excerpt(one["note"])) for one in run.funnel],
         statistics=[
             (measure, *("" if value is None else f"{value:.4g}" for value in values))
             for measure, *values in before_after

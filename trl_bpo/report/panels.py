@@ -15,7 +15,6 @@
 """The panels of the report of a run: each has one picture, what it shows in words, and its numbers."""
 
 import json
-import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +26,9 @@ import pyarrow.parquet as pq
 
 from ..run_folder import RunFolder
 from ..suggest import elbow, suggested
+from ..visible import excerpt
 from . import figures
-from .numbers import pairs_per_prompt
+from .numbers import histogram_of
 
 
 _ROWS_AT_A_TIME = 10_000
@@ -68,30 +68,6 @@ class Panel:
     columns: tuple[str, ...] = ()
     rows: list[tuple] = field(default_factory=list)
     points: pa.Table | None = None
-
-
-def visible(text: Any, characters: int = 300) -> str:
-    """
-    A text from data as one line in which nothing hides: control, direction and zero-width characters show as their codes.
-
-    Args:
-        text:
-            The text.
-        characters (`int`, *optional*, defaults to `300`):
-            Where it is cut.
-
-    Returns:
-        `str`: The line.
-    """
-    text = str(text)
-    cut = " ".join(text[: 4 * characters].split())
-    shown = "".join(
-        f"\\u{ord(char):04x}"
-        if unicodedata.category(char)[0] == "C" or not (char.isprintable() or char == " ")
-        else char
-        for char in cut
-    )
-    return shown[:characters] + "…" if len(shown) > characters or len(text) > 4 * characters else shown
 
 
 def _numpy(table: pa.Table, name: str) -> np.ndarray:
@@ -217,7 +193,7 @@ def _examples(prompts: pa.Table, labels: np.ndarray, distances: np.ndarray, sele
         members = members[np.argsort(distances[members], kind="stable")]
         kept, dropped = members[selected[members]], members[~selected[members]]
         texts = [
-            visible(prompts["prompt"][int(some[at])].as_py(), _EXCERPT) if len(some) else ""
+            excerpt(prompts["prompt"][int(some[at])].as_py(), _EXCERPT) if len(some) else ""
             for some, at in ((kept, 0), (dropped, -1))
         ]
         rows.append((int(cluster), len(members), *texts))
@@ -332,9 +308,7 @@ def depth_panels(run: RunFolder) -> list[Panel]:
         return [Panel("depth", "Depth", "No pairs were selected yet.")]
     last = run.selections[-1]
     selected = _numpy(last.pairs, "depth_selected")
-    prompt_ids = last.pairs["prompt_id"]
-    kept_ids = prompt_ids.filter(last.pairs["depth_selected"])
-    histogram = pairs_per_prompt(prompt_ids.to_pylist(), kept_ids.to_pylist())
+    histogram = histogram_of(last.pairs["prompt_id"], selected)
     bars = "; ".join(f"{kept}: {prompts:,}" for kept, prompts in histogram.items())
     panels = [
         Panel(
@@ -431,7 +405,7 @@ def cost_panels(run: RunFolder) -> list[Panel]:
         parts += [f"US$ {stage['cost']:.2f}"] if stage["cost"] is not None else []
         return ", ".join(parts)
 
-    names = [visible(stage["stage"], 24) for stage in run.funnel]
+    names = [excerpt(stage["stage"], 24) for stage in run.funnel]
     seconds = [stage["seconds"] for stage in run.funnel]
     money = sum(stage["cost"] or 0.0 for stage in run.funnel)
     return [
