@@ -518,7 +518,7 @@ def judge_benchmark(
 
 def unique_names(paths: list[str]) -> list[str]:
     """Names for tables: the end of a path, or all of it where two ends are the same."""
-    from bpo import public_name
+    from trl_bpo.manifest import public_name
 
     names = [public_name(path) for path in paths]
     return [path if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
