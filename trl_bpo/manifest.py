@@ -162,7 +162,8 @@ def training_parameters(args: TrainingArguments) -> dict[str, Any]:
         factory = field.default_factory
         default = field.default if factory is dataclasses.MISSING else factory()
         value = values[name]
-        if name == "accelerator_config" and value == AcceleratorConfig().to_dict():
+        # The arguments take a key out of theirs.
+        if name == "accelerator_config" and value.items() <= AcceleratorConfig().to_dict().items():
             continue
         if isinstance(value, dict):
             value = {key: item for key, item in value.items() if item is not None}
