@@ -337,7 +337,7 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
     from trl_bpo.hub import source_fields
     from trl_bpo.manifest import public_name, sha256_of_ids, sha256_of_text, write_json
     from trl_bpo.report import summary_table, write_report
-    from trl_bpo.run_folder import BREADTH, FUNNEL
+    from trl_bpo.run_folder import BREADTH, BREADTH_STAGE, FUNNEL, SCORES_STAGE
 
     if training_args.disable_tqdm:
         datasets.disable_progress_bars()
@@ -466,7 +466,7 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         provenance["ids of the prompts"] = sha256_of_ids(selection.by_prompt["prompt_id"].to_pylist())
         dataset = selection.kept
         funnel.add(
-            "prompts kept (breadth)",
+            BREADTH_STAGE,
             selection.prompts_kept,
             f"of {selection.prompts} distinct; {selection.duplicates} duplicate rows, {selection.over_long} over-long",
         )
@@ -508,7 +508,7 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
             dataset.to_parquet(collected / "scores.parquet")
         scored = sum(score is not None for scores in dataset["scores"] for score in scores)
         funnel.add(
-            "scores",
+            SCORES_STAGE,
             scored,
             f"{collector.report.unscored} without; by {judge_name}",
             bill=collector.report.judging,

@@ -135,6 +135,7 @@ def save_run(folder, prompts, **kwargs):
     save_pairs(folder, prompts, **kwargs)
     stages = [
         {"stage": "rows", "rows": len(prompts), "note": "as they came", "seconds": 3.0, "tokens": None, "cost": None},
+        {"stage": "prompts kept (breadth)", "rows": 1, "note": "", "seconds": 1.2, "tokens": None, "cost": None},
         {"stage": "scores", "rows": 4 * len(prompts), "note": "judged", "seconds": 90.0, "tokens": 12345, "cost": 1.5},
     ]
     (folder / "_funnel.json").write_text(json.dumps(stages))

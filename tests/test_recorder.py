@@ -41,6 +41,13 @@ def outputs(folder):
     return [one.manifest["outputs"] for one in RunFolder(folder).selections]
 
 
+def test_a_selection_by_scores_has_no_sample_of_features(tiny_dir, tmp_path):
+    make(tiny_dir, tmp_path, num_train_epochs=1).train()
+    assert RunFolder(tmp_path).feature_sample is not None
+    make(tiny_dir, tmp_path, num_train_epochs=1, depth_strategy="random").train()
+    assert RunFolder(tmp_path).feature_sample is None
+
+
 def test_a_run_is_read_back(tiny_dir, tmp_path):
     trainer = make(tiny_dir, tmp_path, curated_dataset_license="mit")
     trainer.train()

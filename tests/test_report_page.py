@@ -64,7 +64,7 @@ def hostile(tmp_path_factory):
     save_run(folder, HOSTILE)
     stages = [
         {"stage": text[:500], "rows": 1, "note": text, "seconds": 1.0, "tokens": None, "cost": None}
-        for text in HOSTILE
+        for text in (*HOSTILE, "prompts kept (breadth)", "scores")
     ]
     (folder / "_funnel.json").write_text(json.dumps(stages))
     return folder, write_report(folder)
@@ -107,7 +107,8 @@ def test_numbers_are_those_of_the_run(run):
     after = saved.selections[1].pairs["depth_selected"].to_numpy()
     overlap = round(float((before & after).sum() / (before | after).sum()), 3)
     assert rows(page, "drift") == [[0, "", 1.0], [5, overlap, overlap]]
-    assert rows(page, "costs") == [["rows", 0.05, "", ""], ["scores", 1.5, 12345, 1.5]]
+    costs = [["rows", 0.05, "", ""], ["prompts kept (breadth)", 0.02, "", ""], ["scores", 1.5, 12345, 1.5]]
+    assert rows(page, "costs") == costs
 
 
 def test_scores_ties_and_unreadable_verdicts(run):
@@ -137,6 +138,14 @@ def test_what_is_missing_is_said(tmp_path):
     text = page.read_text()
     for panel in panels.values():
         assert panel["heading"] in text
+
+
+def test_files_of_an_earlier_run_are_left_out(tmp_path):
+    save_run(tmp_path / "run", PROMPTS)
+    stage = {"stage": "rows", "rows": 9, "note": "pairs", "seconds": 1.0, "tokens": None, "cost": None}
+    (tmp_path / "run" / "_funnel.json").write_text(json.dumps([stage]))
+    panels = numbers(write_report(tmp_path / "run"))
+    assert "No breadth selection" in panels["breadth"]["text"] and "were there before" in panels["scores"]["text"]
 
 
 def test_a_folder_without_a_run(tmp_path):

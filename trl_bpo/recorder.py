@@ -30,7 +30,14 @@ from .depth import DepthSelection
 from .hub import check_curated_repo, push_run, save_curated_dataset
 from .manifest import public_value, sha256_of_ids, training_parameters, write_json
 from .run_folder import SELECTIONS, RunFolder, SavedSelection, step_name
-from .selection_state import inputs_of_selection, list_selections, save_feature_sample, save_pool, save_selection
+from .selection_state import (
+    SAMPLE_NAME,
+    inputs_of_selection,
+    list_selections,
+    save_feature_sample,
+    save_pool,
+    save_selection,
+)
 
 
 logger = get_logger(__name__)
@@ -88,6 +95,9 @@ class SelectionRecorder:
         parameters = training_parameters(trainer.args)
         parameters |= {name: public_value(getattr(trainer.args, name)) for name in SELECTION_OPTIONS}
         inputs = inputs_of_selection(trainer, pool.fingerprint, len(steps))
+        if selection.clusters is None:
+            # That of an earlier run, by features.
+            (self.folder / SAMPLE_NAME).unlink(missing_ok=True)
         step = steps[-1]
         self._manifest = save_selection(self.folder, step, selection, pool.pairs, metrics, inputs, parameters)
         write_json(self.folder / step_name(step) / "card.json", self.card_data(selection).to_dict())

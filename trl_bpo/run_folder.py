@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 
 BREADTH, SELECTIONS, FUNNEL = "_breadth", "_selections", "_funnel.json"
+# Names of stages of the funnel that leave files.
+BREADTH_STAGE, SCORES_STAGE = "prompts kept (breadth)", "scores"
 
 
 def step_name(step: int) -> str:
@@ -164,7 +166,11 @@ class RunFolder:
     def breadth(self) -> SavedBreadth | None:
         """The breadth selection, `None` if there was none."""
         saved = SavedBreadth(self.path / BREADTH)
-        return saved if (saved.path / "manifest.json").is_file() else None
+        return saved if (saved.path / "manifest.json").is_file() and self._had(BREADTH_STAGE) else None
+
+    def _had(self, stage: str) -> bool:
+        # Files of an earlier run in the folder may have cost money, and stay. They are not of this one.
+        return not self.funnel or any(one["stage"] == stage for one in self.funnel)
 
     @cached_property
     def selections(self) -> list[SavedSelection]:
@@ -194,7 +200,7 @@ class RunFolder:
     def scores_file(self) -> Path | None:
         """Parquet file of the responses and their scores, `None` where the pairs were there before."""
         file = self.path / "_collected" / "scores.parquet"
-        return file if file.is_file() else None
+        return file if file.is_file() and self._had(SCORES_STAGE) else None
 
     @cached_property
     def funnel(self) -> list[dict[str, Any]]:

@@ -36,6 +36,7 @@ from .run_folder import step_name
 
 
 FILE_NAME = "bpo_selection.safetensors"
+SAMPLE_NAME = "sample.safetensors"
 _ROWS_AT_A_TIME = 10_000
 _SAMPLE_ROWS = 2048
 _SCORES = ("score_chosen", "score_rejected")
@@ -122,7 +123,7 @@ def save_feature_sample(folder: Path, features: np.ndarray, normalize: bool, see
     # Half precision ends at 65,504; a common factor changes no clustering.
     scale = norms[usable, None] if normalize else max(norms[usable].max(initial=0.0), 1e-30)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"features": (sample[usable] / scale).astype(np.float16)}, folder / "sample.safetensors")
+    save_file({"features": (sample[usable] / scale).astype(np.float16)}, folder / SAMPLE_NAME)
 
 
 def inputs_of_selection(trainer: Any, pool: str, number: int) -> dict[str, Any]:
