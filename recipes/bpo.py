@@ -87,6 +87,8 @@ class BPOScriptArguments(ScriptArguments):
             Sentence-transformers model id or path.
         breadth_clusters (`int`, *optional*):
             Number of clusters. If `None`, `round(sqrt(n / 2))`.
+        breadth_near_duplicates (`float`, *optional*):
+            Cosine similarity from which two prompts are near duplicates, of which one takes part. `None`: all do.
         breadth_scope (`str`, *optional*, defaults to `"per_cluster"`):
             `per_cluster` or `overall`.
 
@@ -169,6 +171,10 @@ class BPOScriptArguments(ScriptArguments):
         default=None, metadata={"help": "Number of clusters of prompts. If None, round(sqrt(n / 2))."}
     )
     breadth_scope: str = field(default="per_cluster", metadata={"help": "per_cluster or overall."})
+    breadth_near_duplicates: float | None = field(
+        default=None,
+        metadata={"help": "Cosine similarity from which two prompts are near duplicates. If None, they are kept."},
+    )
 
     # Parameters that control the candidates
     num_responses: int = field(default=8, metadata={"help": "Responses that the policy samples a prompt."})
@@ -392,6 +398,7 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
             script_args.breadth_encoder,
             n_clusters=script_args.breadth_clusters,
             scope=script_args.breadth_scope,
+            near_duplicate_threshold=script_args.breadth_near_duplicates,
             seed=training_args.seed,
         )
     collector = BPODataCollector(
@@ -453,8 +460,7 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
     breadth_settings: dict[str, Any] = {}
     provenance: dict[str, str] = {}
     if breadth is not None:
-        with state.main_process_first():
-            selection = breadth.select(dataset)
+        selection = breadth.select(dataset)
         if state.is_main_process:
             selection.save(Path(training_args.output_dir) / BREADTH)
         breadth_settings = {
@@ -463,12 +469,14 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
             "breadth_scope": breadth.scope,
             "breadth_encoder": public_name(breadth.encoder),
         }
-        provenance["ids of the prompts"] = sha256_of_ids(selection.by_prompt["prompt_id"].to_pylist())
+        provenance["ids of the prompts"] = sha256_of_ids(selection.by_prompt["prompt_id"])
         dataset = selection.kept
         funnel.add(
             BREADTH_STAGE,
             selection.prompts_kept,
-            f"of {selection.prompts} distinct; {selection.duplicates} duplicate rows, {selection.over_long} over-long",
+            f"of {selection.prompts} distinct; {selection.duplicates} duplicate rows, "
+            + (f"{selection.near_duplicates} near duplicates, " if script_args.breadth_near_duplicates else "")
+            + f"{selection.over_long} over-long",
         )
 
     # Candidates. What was paid for is on disk before it counts: the same command again asks only for what is missing.

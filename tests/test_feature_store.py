@@ -24,7 +24,7 @@ import torch
 
 from trl_bpo import feature_store
 from trl_bpo.feature_store import FeatureStore, StoreMismatchError, rows_hash, tensors_hash
-from trl_bpo.pair_features import assemble_pairs
+from trl_bpo.pair_features import StoredPairs
 
 
 N, DIM = 60, 40
@@ -442,7 +442,7 @@ def test_features_of_pairs_are_put_together(tmp_path, dtype):
     pairs = np.asarray([[0, 1], [1, 0], [5, 5], [58, 59]])
     coefficients = np.asarray([[-1.0, 1.0], [0.5, 0.0], [2.0, -2.0], [1.0, 1.0]])
     expected = sum(coefficients[:, [side]] * FEATURES[pairs[:, side]] for side in range(2))
-    features = assemble_pairs(store, pairs, coefficients)
+    features = StoredPairs(store, pairs, coefficients)[:]
     assert features.dtype == np.float32 and not features[2].any()
     assert np.allclose(features, expected, atol=0 if dtype == "float32" else 5e-3, rtol=1e-6)
     store.close()

@@ -97,28 +97,29 @@ def test_copies_and_empty_prompts_are_counted(args, caplog):
 def test_pool_of_all_pairs(args, caplog):
     dataset = pool(pairs(), args)
     assert dataset.num_given == 18 and len(dataset.pairs) == 18
-    assert dataset.pair_ids == dataset.pairs["pair_id"][:] and dataset.prompt_ids == dataset.pairs["prompt_id"][:]
+    assert dataset.pair_ids.to_pylist() == dataset.pairs["pair_id"][:]
+    assert dataset.prompt_ids.to_pylist() == dataset.pairs["prompt_id"][:]
     dataset.keep_rows_of(dataset.numbered_pairs)
     assert len(dataset.pairs) == 18 and not caplog.records
 
 
 def test_rows_that_are_left(args, caplog):
     dataset = pool(pairs(), args)
-    pair_ids, prompt_ids, source = dataset.pair_ids, dataset.prompt_ids, dataset.pairs.to_list()
+    pair_ids, prompt_ids, source = dataset.pair_ids.to_pylist(), dataset.prompt_ids.to_pylist(), dataset.pairs.to_list()
     rows = [0, 1, 4, 5, 9, 17]
     left = dataset.numbered_pairs.filter(lambda _, row: row in rows, with_indices=True)
     assert "chosen" in left.column_names
     dataset.keep_rows_of(left)
     assert dataset.num_given == 18
     assert dataset.pairs.to_list() == [source[row] for row in rows]
-    assert dataset.pair_ids == [pair_ids[row] for row in rows]
-    assert dataset.prompt_ids == [prompt_ids[row] for row in rows]
+    assert dataset.pair_ids.to_pylist() == [pair_ids[row] for row in rows]
+    assert dataset.prompt_ids.to_pylist() == [prompt_ids[row] for row in rows]
     assert "12 of 18 pairs were dropped by TRL" in caplog.text and "from the other 6." in caplog.text
 
 
 def test_ids_are_texts(args):
     dataset = pool(pairs(1, 3).add_column("pair_id", [7, 8, 9]).add_column("prompt_id", [1, 1, 1]), args)
-    assert dataset.pair_ids == ["7", "8", "9"] and dataset.prompt_ids == ["1"] * 3
+    assert dataset.pair_ids.to_pylist() == ["7", "8", "9"] and dataset.prompt_ids.to_pylist() == ["1"] * 3
 
 
 def test_fingerprint(args):

@@ -66,7 +66,7 @@ def make_pool(tmp_path):
 def measure(strategy, pool, responses=None, encoder="", seed=0, number=0):
     args = SimpleNamespace(depth_strategy=strategy, depth_encoder=encoder, seed=seed)
     features = SimpleNamespace(responses=responses)
-    return measure_by_data(SimpleNamespace(args=args, _pool=pool, _features=features, _num_selections=number))
+    return measure_by_data(SimpleNamespace(args=args, _pool=pool, _features=features, _num_selections=number))[:]
 
 
 def highest(scores, n):

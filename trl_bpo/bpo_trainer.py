@@ -40,10 +40,10 @@ from .card import CuratedCardData
 from .clustering import check_n_clusters
 from .depth import DepthSelection, DepthSelector
 from .model_card import add_training_data
-from .pair_features import PairFeatures, remove_stores
+from .pair_features import PairFeatures, StoredPairs, remove_stores
 from .pool import PairPool, identify_pairs, open_truncated_responses
 from .preconditioning import check_second_moment
-from .processes import on_main_process
+from .processes import meanwhile, on_main_process
 from .projection import SparseProjection
 from .recorder import SelectionRecorder
 from .responses import unique_responses
@@ -98,7 +98,7 @@ class BPOTrainer(DPOTrainer):
 
     Callbacks that have a method `on_selection(args, state, control, selection, pair_ids)` get it called on every process
     after each selection in training, before the first of its batches is drawn: with the [`DepthSelection`], and with the
-    ids of the pairs it kept. What it returns plays no part.
+    ids of the pairs it kept, a `pyarrow.ChunkedArray`. What it returns plays no part.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -264,17 +264,22 @@ class BPOTrainer(DPOTrainer):
         def select() -> DepthSelection:
             measures = measure_by_data(self) if by_policy is None else by_policy
             ids = self._pool.pair_ids, self._pool.prompt_ids
-            if measures.ndim == 1:
+            if isinstance(measures, np.ndarray) and measures.ndim == 1:
                 return self._selector.select_by_score(measures, *ids)
             self._recorder.save_features(measures)
             # The draw 0 is that of the steps before the first selection.
             return self._selector.select(measures, *ids, self._num_selections + 1)
 
-        selection = on_main_process(self.accelerator, select)
+        try:
+            selection = on_main_process(self.accelerator, select)
+        finally:
+            if isinstance(by_policy, StoredPairs):
+                by_policy.close()
         if not self.is_in_train:
             remove_stores(self._features_path, self.accelerator)
             self.selection = selection
-            self._recorder.record(selection, self._steps_with(self.state.global_step), selection.metrics)
+            steps = self._steps_with(self.state.global_step)
+            meanwhile(self.accelerator, lambda: self._recorder.record(selection, steps, selection.metrics))
         return selection
 
     @property
@@ -296,7 +301,7 @@ class BPOTrainer(DPOTrainer):
         normalize = self.args.normalize_gradients and self.args.depth_strategy != "gradient_norm"
         return PairFeatures(self, responses, normalize)
 
-    def _pair_features(self) -> np.ndarray | None:
+    def _pair_features(self) -> StoredPairs | None:
         return self._features.at_this_step(
             self._features_path, lambda folder: self._features.compute(self._projection, folder)
         )
@@ -312,7 +317,7 @@ class BPOTrainer(DPOTrainer):
             kept, kept_before = selection.selected, previous.selected
             metrics["overlap"] = float((kept & kept_before).sum() / (kept | kept_before).sum())
         self.selection, self._selection_steps = selection, self._steps_with(step)
-        self._recorder.record(selection, self._selection_steps, metrics)
+        meanwhile(self.accelerator, lambda: self._recorder.record(selection, self._selection_steps, metrics))
         self._sampler.set_rows(np.flatnonzero(selection.selected), self._num_selections)
         self._log_scalars(metrics)
         if metrics["active_pairs"] < len(self._sampler):
@@ -330,7 +335,7 @@ class BPOTrainer(DPOTrainer):
         hub_id, strategy = self.args.curated_dataset_hub_id, self.args.curated_dataset_hub_strategy
         if hub_id is not None and strategy == "every_selection" and self.accelerator.is_main_process:
             self._recorder.push_in_background(hub_id)
-        pair_ids = [self._pool.pair_ids[row] for row in np.flatnonzero(selection.selected)]
+        pair_ids = self._pool.pair_ids.filter(selection.selected)
         for callback in self.callback_handler.callbacks:
             # The event is ours, so that most callbacks do not know of it.
             if hasattr(callback, "on_selection"):
@@ -489,7 +494,8 @@ class BPOTrainer(DPOTrainer):
         self._selection_steps = header["selection_steps"]
         if self.selection is not None:
             self._sampler.set_rows(np.flatnonzero(self.selection.selected), self._num_selections)
-            self._recorder.resume(self.selection, self._selection_steps)
+            selection, steps = self.selection, self._selection_steps
+            meanwhile(self.accelerator, lambda: self._recorder.resume(selection, steps))
 
     def _check_max_steps(self, checkpoint: str, how: str) -> None:
         # Its learning rates and its place in the epochs would mean something else here.
@@ -515,7 +521,7 @@ class BPOTrainer(DPOTrainer):
             logger.warning(f"Training ended before the first selection, at step {self.args.first_selection_step}.")
         elif self._sampler is not None:
             remove_stores(self._features_path, self.accelerator)
-            self._recorder.finish(self._selected)
+            meanwhile(self.accelerator, lambda: self._recorder.finish(self._selected))
         return output
 
     # Cards and curated dataset

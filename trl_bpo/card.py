@@ -29,7 +29,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from .bpo_config import SELECTION_OPTIONS
 from .manifest import installed_versions, public_value
 from .markdown import alt_text, code, escaped, hub_link, is_hub_id, number, one_line, table
-from .report import gini, pairs_per_prompt
+from .report import gini, histogram_of
 from .report.numbers import statistics
 
 
@@ -430,11 +430,12 @@ def card_data_of_run(
         [`CuratedCardData`]: The data of the card.
     """
     fields, selected = dict(fields), np.asarray(selection.selected)
-    kept = [prompt for prompt, is_kept in zip(pool.prompt_ids, selected.tolist(), strict=True) if is_kept]
+    histogram = histogram_of(pool.prompt_ids, selected)
+    num_kept = int(selected.sum())
     funnel = list(fields.pop("funnel", [("pairs", pool.num_given, "as they came in")]))
     if dropped := pool.num_given - len(pool.pairs):
         funnel.append(("pairs that fit", len(pool.pairs), f"{dropped} whose prompt fills `max_length` dropped"))
-    funnel.append(("pairs kept (depth)", len(kept), f"by {args.depth_strategy} at step {manifest['step']}"))
+    funnel.append(("pairs kept (depth)", num_kept, f"by {args.depth_strategy} at step {manifest['step']}"))
     model, notes = manifest["inputs"].get("model"), dict.fromkeys(SELECTION_OPTIONS, _NOT_IN_PAPER)
     del notes["seed"]
     if args.curated_dataset_license is not None:
@@ -444,8 +445,8 @@ def card_data_of_run(
     data = CuratedCardData(
         pretty_name=f"Pairs that BPO kept for {Path(str(args.output_dir)).resolve().name}",
         depth_strategy=args.depth_strategy,
-        num_pairs=len(kept),
-        num_prompts=len(set(kept)),
+        num_pairs=num_kept,
+        num_prompts=sum(histogram.values()) - histogram[0],
         num_pool=len(pool.pairs),
         judge=_judge_of(pool.pairs),
         selected_for=model,
@@ -454,7 +455,7 @@ def card_data_of_run(
         settings=fields.pop("settings", {}) | manifest["parameters"],
         setting_notes=notes | fields.pop("setting_notes", {}),
         metrics=dict(selection.metrics),
-        pairs_per_prompt=pairs_per_prompt(pool.prompt_ids, kept),
+        pairs_per_prompt=histogram,
         statistics=statistics(pool_table, selected),
         provenance=fields.pop("provenance", {}) | _digests(manifest),
         versions=manifest["versions"],

@@ -14,15 +14,21 @@
 
 """K-means and nearest-to-centre ranking: the one mechanism that breadth and depth selection share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
+from .ids import Ids, dense_ranks
+from .kmeans import Rows, fit_kmeans
+
 
 SCOPES = ("per_cluster", "overall")
+METRICS = ("euclidean", "cosine")
+# More rows than these are clustered by what a sample of them teaches.
+_MAX_ROWS_AT_ONCE = 32_768
 _ROWS_AT_A_TIME = 4096
 # After ten, variances of real and of random features are met to within a percent.
 _CALIBRATION_STEPS = 10
@@ -122,29 +128,35 @@ def _fit(features: np.ndarray, n_clusters: int, seed: int) -> tuple[np.ndarray, 
     return kmeans.labels_.astype(np.int64), np.sqrt(squares), variance_explained
 
 
-def _sorted_by_id(features: np.ndarray, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    order = np.argsort(np.asarray(ids), kind="stable")
-    features = np.asarray(features)
+def _sorted_by_id(features: Rows, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(ids, kind="stable")
     # A copy in any case. float32 stays, at half of the memory.
-    return order, features[order].astype(np.promote_types(features.dtype, np.float32), copy=False)
+    features = features[order]
+    return order, features.astype(np.promote_types(features.dtype, np.float32), copy=False)
 
 
-def cluster(features: np.ndarray, ids: Sequence[str], n_clusters: int | None = None, seed: int = 42) -> Clustering:
+def cluster(
+    features: Rows, ids: Ids, n_clusters: int | None = None, seed: int = 42, metric: str = "euclidean"
+) -> Clustering:
     """
     Cluster rows by K-means (k-means++ start, Lloyd's algorithm) and rank each within its own cluster.
 
-    The rows are clustered in the order of their ids, so the result does not depend on the order in which they come.
-    Memory: one copy of the features, in float32 or float64 as they are.
+    Up to 32,768 rows are clustered in the order of their ids, in memory and by one thread, so that the result depends
+    neither on their order nor on the machine. More are clustered by [`fit_kmeans`], which trains on a sample of them that
+    their ids choose and reads all of them twice, in blocks: they may be a file. Memory: one copy of the features, or of the
+    sample in float32 (at most 2 GB), and about 100 bytes a row.
 
     Args:
-        features (`np.ndarray` of shape `(n, d)`):
-            One row a point. Must be finite.
-        ids (`Sequence[str]`):
+        features ([`Rows`] of shape `(n, d)`):
+            One row a point: an array, a memory-mapped file, or what reads like one. Must be finite.
+        ids (`Sequence[str]`, or integers that are ordered alike):
             Content hash of each row, which settles ties.
         n_clusters (`int`, *optional*):
             Number of clusters. If `None`, [`default_n_clusters`] decides.
         seed (`int`, *optional*, defaults to `42`):
-            Seed of the k-means++ start.
+            Seed of the k-means++ start, and of the sample.
+        metric (`str`, *optional*, defaults to `"euclidean"`):
+            `"euclidean"`, or `"cosine"`: spherical K-means, whose centres have unit length as the rows must have.
 
     Returns:
         [`Clustering`]: Labels, distances and ranks in the order of the input.
@@ -152,18 +164,41 @@ def cluster(features: np.ndarray, ids: Sequence[str], n_clusters: int | None = N
     Raises:
         `ValueError`: If there are fewer rows than clusters, or fewer than one cluster.
     """
-    n = len(features)
+    n = features.shape[0]
     n_clusters = default_n_clusters(n) if n_clusters is None else n_clusters
     check_n_clusters("n_clusters", n_clusters, n)
-    order, features = _sorted_by_id(features, ids)
-    sorted_labels, sorted_distances, variance_explained = _fit(features, n_clusters, seed)
+    ranks_of_ids = dense_ranks(ids)
+    if n > _MAX_ROWS_AT_ONCE or metric == "cosine":
+        order = np.argsort(ranks_of_ids, kind="stable")
+        fit = fit_kmeans(features, order, n_clusters, seed, spherical=metric == "cosine")
+        labels, distances, variance_explained = fit.labels, fit.distances, fit.variance_explained
+    else:
+        order, in_order = _sorted_by_id(features, ranks_of_ids)
+        sorted_labels, sorted_distances, variance_explained = _fit(in_order, n_clusters, seed)
+        labels, distances = np.empty(n, dtype=np.int64), np.empty(n)
+        labels[order], distances[order] = sorted_labels, sorted_distances
+    return Clustering(labels, distances, rank_in_groups(labels, distances, ranks_of_ids), variance_explained)
 
-    labels, distances = np.empty(n, dtype=np.int64), np.empty(n)
-    labels[order], distances[order] = sorted_labels, sorted_distances
-    return Clustering(labels, distances, rank_in_groups(labels, distances, ids), variance_explained)
+
+def row_norms(features: Rows) -> np.ndarray:
+    """
+    L2 norm of each row, read a part at a time.
+
+    Args:
+        features ([`Rows`] of shape `(n, d)`):
+            The rows.
+
+    Returns:
+        `np.ndarray` of shape `(n,)`, float64: Their norms.
+    """
+    norms = np.empty(features.shape[0])
+    for start in range(0, len(norms), _ROWS_AT_A_TIME):
+        part = features[start : start + _ROWS_AT_A_TIME]
+        norms[start : start + _ROWS_AT_A_TIME] = np.sqrt(np.einsum("ij,ij->i", part, part, dtype=np.float64))
+    return norms
 
 
-def rank_in_groups(groups: np.ndarray, measures: np.ndarray, ids: Sequence[str]) -> np.ndarray:
+def rank_in_groups(groups: np.ndarray, measures: np.ndarray, ids: Ids) -> np.ndarray:
     """
     Rank each row within its own group.
 
@@ -172,13 +207,13 @@ def rank_in_groups(groups: np.ndarray, measures: np.ndarray, ids: Sequence[str])
             Group of each row.
         measures (`np.ndarray` of shape `(n,)`):
             What is ranked by, the lowest first.
-        ids (`Sequence[str]`):
+        ids (`Sequence[str]`, or integers that are ordered alike):
             Content hash of each row, which settles ties.
 
     Returns:
         `np.ndarray` of shape `(n,)`, int64: Rank of each row, from 0.
     """
-    order = np.lexsort((np.asarray(ids), measures, groups))
+    order = np.lexsort((dense_ranks(ids), measures, groups))
     ranks = np.empty(len(groups), dtype=np.int64)
     ranks[order] = np.arange(len(groups)) - np.searchsorted(groups[order], groups[order])
     return ranks
@@ -209,7 +244,7 @@ def check_n_clusters(option: str, n_clusters: int, n: int) -> None:
 
 
 def nearest_to_centre(
-    clustering: Clustering, ids: Sequence[str], n_keep: int, scope: str = "per_cluster", farthest: bool = False
+    clustering: Clustering, ids: Ids, n_keep: int, scope: str = "per_cluster", farthest: bool = False
 ) -> np.ndarray:
     """
     Select exactly `n_keep` rows that lie nearest to the centres of their clusters, or farthest from them.
@@ -217,7 +252,7 @@ def nearest_to_centre(
     Args:
         clustering ([`Clustering`]):
             Result of [`cluster`].
-        ids (`Sequence[str]`):
+        ids (`Sequence[str]`, or integers that are ordered alike):
             Content hash of each row, which settles ties.
         n_keep (`int`):
             Number of rows to keep.
@@ -235,13 +270,14 @@ def nearest_to_centre(
     if scope == "overall":
         selected = np.zeros(n, dtype=bool)
         distances = -clustering.distances if farthest else clustering.distances
-        selected[np.lexsort((np.asarray(ids), distances))[:n_keep]] = True
+        selected[np.lexsort((dense_ranks(ids), distances))[:n_keep]] = True
         return selected
     labels, sizes = np.unique(clustering.labels, return_counts=True)
     # Integers keep the remainders exact: `n_keep * size / n` in floats may tip a tie.
     quotas, remainders = np.divmod(n_keep * sizes, n)
-    all_ids = np.asarray(ids)
-    first_ids = [min(all_ids[clustering.labels == label]) for label in labels]
+    ranks_of_ids = dense_ranks(ids)
+    by_cluster = np.lexsort((ranks_of_ids, clustering.labels))
+    first_ids = ranks_of_ids[by_cluster[np.cumsum(sizes) - sizes]]
     for index in np.lexsort((first_ids, -remainders))[: n_keep - quotas.sum()]:
         quotas[index] += 1
     own = np.searchsorted(labels, clustering.labels)
@@ -327,7 +363,7 @@ def gaussian_sample(features: np.ndarray, seed: int = 42, normalize: bool = True
 
 
 def gaussian_variance_explained(
-    features: np.ndarray, ids: Sequence[str], n_clusters: int, seed: int = 42, normalize: bool = True
+    features: np.ndarray, ids: Ids, n_clusters: int, seed: int = 42, normalize: bool = True
 ) -> float:
     """
     Variance that K-means explains of a Gaussian sample with the sample mean and covariance of the features.
@@ -339,7 +375,7 @@ def gaussian_variance_explained(
     Args:
         features (`np.ndarray` of shape `(n, d)`):
             The features that were clustered, of unit length if `normalize`.
-        ids (`Sequence[str]`):
+        ids (`Sequence[str]`, or integers that are ordered alike):
             Content hash of each row: the rows are taken in the order of their ids, as in [`cluster`].
         n_clusters (`int`):
             Number of clusters.
@@ -351,5 +387,5 @@ def gaussian_variance_explained(
     Returns:
         `float`: Variance explained of the sample, 0.0 if all rows coincide.
     """
-    _, features = _sorted_by_id(np.asarray(features, dtype=np.float64), ids)
+    _, features = _sorted_by_id(np.asarray(features, dtype=np.float64), dense_ranks(ids))
     return _fit(gaussian_sample(features, seed, normalize), n_clusters, seed)[2]

@@ -46,7 +46,10 @@ from .clustering import (
     gaussian_variance_explained,
     nearest_to_centre,
     rank_in_groups,
+    row_norms,
 )
+from .ids import Ids, dense_ranks, id_at
+from .kmeans import Rows, RowsOf
 from .rules import RULES, draw_like, draw_scores, k_centre
 
 
@@ -144,13 +147,13 @@ class DepthSelection:
         return dataset
 
 
-def _finite(values: np.ndarray, what: str, pair_ids: list[str]) -> np.ndarray:
+def _finite(values: np.ndarray, what: str, pair_ids: Ids) -> np.ndarray:
     # Which pairs have finite values. Says which have not, and stops where they are many.
     finite = np.isfinite(values)
     rows = np.flatnonzero(~finite)
     if len(rows) == 0:
         return finite
-    named = ", ".join(f"{pair_ids[row]} (row {row})" for row in rows[:_NAMED_ROWS])
+    named = ", ".join(f"{id_at(pair_ids, row)} (row {row})" for row in rows[:_NAMED_ROWS])
     message = (
         f"The {what} of {len(rows)} of {len(pair_ids)} pairs are not finite: {named}"
         f"{', and others' if len(rows) > _NAMED_ROWS else ''}."
@@ -161,13 +164,13 @@ def _finite(values: np.ndarray, what: str, pair_ids: list[str]) -> np.ndarray:
     return finite
 
 
-def _metrics(selected: np.ndarray, prompt_ids: list[str], n_not_finite: int) -> dict[str, float]:
-    _, kept_per_prompt = np.unique(np.asarray(prompt_ids)[selected], return_counts=True)
+def _metrics(selected: np.ndarray, prompts: np.ndarray, n_not_finite: int) -> dict[str, float]:
+    _, kept_per_prompt = np.unique(prompts[selected], return_counts=True)
     return {
         "active_pairs": float(selected.sum()),
         "pairs_per_prompt_mean": float(kept_per_prompt.mean()),
         "pairs_per_prompt_max": float(kept_per_prompt.max()),
-        "prompts_without_pair": float(len(set(prompt_ids)) - len(kept_per_prompt)),
+        "prompts_without_pair": float(len(np.unique(prompts)) - len(kept_per_prompt)),
         "not_finite": float(n_not_finite),
     }
 
@@ -238,12 +241,12 @@ class DepthSelector:
         self.min_pairs_per_prompt = min_pairs_per_prompt
         self.seed = seed
 
-    def check(self, prompt_ids: list[str]) -> int:
+    def check(self, prompt_ids: Ids) -> int:
         """
         Refuse a pool that cannot be selected from, before any gradient is computed.
 
         Args:
-            prompt_ids (`list[str]`):
+            prompt_ids (`Sequence[str]`, `pyarrow.Array` or `pyarrow.ChunkedArray`):
                 Prompt of each pair of the pool.
 
         Returns:
@@ -253,7 +256,8 @@ class DepthSelector:
             `ValueError`: If there is no pair, if there are more clusters than pairs, or if `min_pairs_per_prompt`
                 asks for more pairs than the budget allows.
         """
-        n_keep, n_prompts = self._budget(prompt_ids), len(set(prompt_ids))
+        prompts = dense_ranks(prompt_ids)
+        n_keep, n_prompts = self._budget(prompts), len(np.unique(prompts))
         if 2 * n_keep < n_prompts:
             logger.warning(
                 "The budget leaves most prompts without a pair: %d pairs (fraction %s of %d) for %d prompts, so at "
@@ -266,14 +270,14 @@ class DepthSelector:
             )
         return n_keep
 
-    def _budget(self, prompt_ids: list[str]) -> int:
-        n = len(prompt_ids)
+    def _budget(self, prompts: np.ndarray) -> int:
+        n = len(prompts)
         if n == 0:
             raise ValueError("There is no pair to select from: the dataset is empty, or every row was filtered out.")
         if self.n_clusters is not None:
             check_n_clusters("n_clusters", self.n_clusters, n)
         n_keep = budget(self.fraction, n)
-        _, pairs_per_prompt = np.unique(prompt_ids, return_counts=True)
+        _, pairs_per_prompt = np.unique(prompts, return_counts=True)
         floor = int(np.minimum(pairs_per_prompt, self.min_pairs_per_prompt).sum())
         if floor > n_keep:
             raise ValueError(
@@ -283,19 +287,21 @@ class DepthSelector:
             )
         return n_keep
 
-    def select(
-        self, features: np.ndarray, pair_ids: list[str], prompt_ids: list[str], number: int = 0
-    ) -> DepthSelection:
+    def select(self, features: Rows, pair_ids: Ids, prompt_ids: Ids, number: int = 0) -> DepthSelection:
         """
-        Select pairs by their features. Memory beside them: two copies, and about 0.5 GB.
+        Select pairs by their features.
+
+        Memory beside them: about 0.5 GB, 200 bytes a pair, and what [`cluster`] takes: a copy of the features of up to
+        32,768 pairs, of more pairs at most 2 GB, while the features are read in blocks. The rule `"k_centre"` takes two
+        copies.
 
         Args:
-            features (`np.ndarray` of shape `(n, d)`):
-                Feature of each pair, not normalised. Rows of zeros (pairs without a gradient) and, with a warning that
+            features ([`Rows`] of shape `(n, d)`):
+                Feature of each pair, not normalised: an array, a memory-mapped file, or what reads like one. Rows of zeros (pairs without a gradient) and, with a warning that
                 names them, rows that are not finite are left out of the clustering and are not kept; they are counted.
-            pair_ids (`list[str]`):
+            pair_ids (`Sequence[str]`, `pyarrow.Array` or `pyarrow.ChunkedArray`):
                 Content hash of each pair, which settles ties.
-            prompt_ids (`list[str]`):
+            prompt_ids (`Sequence[str]`, `pyarrow.Array` or `pyarrow.ChunkedArray`):
                 Prompt of each pair.
             number (`int`, *optional*, defaults to `0`):
                 Number of the draw, under the rules that draw: another number draws anew.
@@ -307,22 +313,21 @@ class DepthSelector:
             `ValueError`: If the features of more than a tenth of the pairs are not finite, if all are zero, or for the
                 reasons of [`~DepthSelector.check`].
         """
-        n_keep = self._budget(prompt_ids)
+        prompts, order_of_pairs = dense_ranks(prompt_ids), dense_ranks(pair_ids)
+        n_keep = self._budget(prompts)
         n = len(pair_ids)
-        norms = np.sqrt(np.einsum("ij,ij->i", features, features, dtype=np.float64))
+        norms = row_norms(features)
         finite = _finite(norms, "features", pair_ids)
         rows = np.flatnonzero(finite & (norms > 0))
         if len(rows) == 0:
             raise ValueError(
                 f"The features of all {n} pairs are zero: chosen and rejected are the same, or nothing is trainable."
             )
-        ids = np.asarray(pair_ids)[rows]
-        x = features[rows].astype(np.promote_types(features.dtype, np.float32), copy=False)
-        if self.normalize:
-            x /= norms[rows, None].astype(x.dtype)
+        ids = order_of_pairs[rows]
+        x: Rows = RowsOf(features, rows, norms if self.normalize else None)
         n_clusters = None if self.n_clusters is None else min(self.n_clusters, len(rows))
-        clustering = cluster(x, ids.tolist(), n_clusters, self.seed)
-        kept = self._keep(x, clustering, ids.tolist(), np.asarray(prompt_ids)[rows], min(n_keep, len(rows)), number)
+        clustering = cluster(x, ids, n_clusters, self.seed)
+        kept = self._keep(x, clustering, ids, prompts[rows], min(n_keep, len(rows)), number)
 
         selected = np.zeros(n, dtype=bool)
         clusters, ranks, distances = np.full(n, -1), np.full(n, -1), np.full(n, np.nan)
@@ -335,14 +340,14 @@ class DepthSelector:
             sample = np.random.default_rng(self.seed).choice(len(rows), _GAUSSIAN_ROWS, replace=False)
             x, ids = x[sample], ids[sample]
             n_clusters = min(clustering.n_clusters, _GAUSSIAN_ROWS)
-            variance_explained = cluster(x, ids.tolist(), n_clusters, self.seed).variance_explained
+            variance_explained = cluster(x, ids, n_clusters, self.seed).variance_explained
         gaussian = gaussian_variance_explained(
-            x, ids.tolist(), min(clustering.n_clusters, len(x)), self.seed, self.normalize
+            x[:], ids, min(clustering.n_clusters, len(ids)), self.seed, self.normalize
         )
         shares = np.bincount(clusters[selected]) / selected.sum()
         shares = shares[shares > 0]
         dropped = finite & ~selected
-        metrics = _metrics(selected, prompt_ids, n - int(finite.sum())) | {
+        metrics = _metrics(selected, prompts, n - int(finite.sum())) | {
             "zero_gradients": float((norms == 0).sum()),
             "n_clusters": float(clustering.n_clusters),
             "cluster_entropy": float((shares * -np.log(shares)).sum() / max(np.log(clustering.n_clusters), 1e-12)),
@@ -356,24 +361,24 @@ class DepthSelector:
         return DepthSelection(selected, ranks, metrics, clusters=clusters, distances=distances)
 
     def _keep(
-        self, x: np.ndarray, clustering: Clustering, ids: list[str], prompt_ids: np.ndarray, n_keep: int, number: int
+        self, x: Rows, clustering: Clustering, ids: np.ndarray, prompts: np.ndarray, n_keep: int, number: int
     ) -> np.ndarray:
         if self.rule == "k_centre":
-            places = k_centre(x, ids, n_keep)
-            return self._with_floor(places < n_keep, places, ids, prompt_ids)
+            places = k_centre(x[:], ids, n_keep)
+            return self._with_floor(places < n_keep, places, ids, prompts)
         farthest = self.rule == "farthest"
         kept = nearest_to_centre(clustering, ids, n_keep, self.scope, farthest)
-        kept = self._with_floor(kept, -clustering.distances if farthest else clustering.distances, ids, prompt_ids)
+        kept = self._with_floor(kept, -clustering.distances if farthest else clustering.distances, ids, prompts)
         if self.rule == "random_like_nearest":
-            return draw_like(kept, ids, prompt_ids.tolist(), self.seed, number)
+            return draw_like(kept, ids, prompts, self.seed, number)
         if self.rule == "random":
             draws = draw_scores(ids, self.seed, number)
             kept_of_cluster = np.bincount(clustering.labels, weights=kept)
             kept = rank_in_groups(clustering.labels, draws, ids) < kept_of_cluster[clustering.labels]
-            return self._with_floor(kept, draws, ids, prompt_ids)
+            return self._with_floor(kept, draws, ids, prompts)
         return kept
 
-    def select_by_score(self, scores: np.ndarray, pair_ids: list[str], prompt_ids: list[str]) -> DepthSelection:
+    def select_by_score(self, scores: np.ndarray, pair_ids: Ids, prompt_ids: Ids) -> DepthSelection:
         """
         Keep the pairs with the highest scores. `n_clusters`, `scope`, `rule` and `normalize` play no part.
 
@@ -381,9 +386,9 @@ class DepthSelector:
             scores (`np.ndarray` of shape `(n,)`):
                 Score of each pair. Pairs whose score is not finite are left out with a warning that names them, and
                 counted.
-            pair_ids (`list[str]`):
+            pair_ids (`Sequence[str]`, `pyarrow.Array` or `pyarrow.ChunkedArray`):
                 Content hash of each pair, which settles ties.
-            prompt_ids (`list[str]`):
+            prompt_ids (`Sequence[str]`, `pyarrow.Array` or `pyarrow.ChunkedArray`):
                 Prompt of each pair.
 
         Returns:
@@ -393,37 +398,30 @@ class DepthSelector:
             `ValueError`: If the scores of more than a tenth of the pairs are not finite, or for the reasons of
                 [`~DepthSelector.check`].
         """
-        n_keep = self._budget(prompt_ids)
+        prompts = dense_ranks(prompt_ids)
+        n_keep = self._budget(prompts)
         n = len(pair_ids)
         scores = scores.astype(np.float64)
         rows = np.flatnonzero(_finite(scores, "scores", pair_ids))
-        ids = np.asarray(pair_ids)[rows]
+        ids = dense_ranks(pair_ids)[rows]
         order = np.lexsort((ids, -scores[rows]))
         kept = np.zeros(len(rows), dtype=bool)
         kept[order[:n_keep]] = True
-        kept = self._with_floor(kept, -scores[rows], ids.tolist(), np.asarray(prompt_ids)[rows])
+        kept = self._with_floor(kept, -scores[rows], ids, prompts[rows])
         selected, ranks = np.zeros(n, dtype=bool), np.full(n, -1)
         selected[rows] = kept
         ranks[rows[order]] = np.arange(len(rows))
-        return DepthSelection(selected, ranks, _metrics(selected, prompt_ids, n - len(rows)), scores=scores)
+        return DepthSelection(selected, ranks, _metrics(selected, prompts, n - len(rows)), scores=scores)
 
-    def _with_floor(
-        self, kept: np.ndarray, distances: np.ndarray, ids: list[str], prompt_ids: np.ndarray
-    ) -> np.ndarray:
+    def _with_floor(self, kept: np.ndarray, distances: np.ndarray, ids: np.ndarray, prompts: np.ndarray) -> np.ndarray:
         # Every prompt first keeps its first pairs by `distances`. Whatever that adds to the selection is taken back from
         # the last pairs that no prompt needs, so that the budget holds exactly.
         if self.min_pairs_per_prompt == 0:
             return kept
-        order = np.lexsort((np.asarray(ids), distances))
-        needed = np.zeros_like(kept)
-        seen: dict[str, int] = {}
-        for index in order:
-            prompt = prompt_ids[index]
-            if seen.get(prompt, 0) < self.min_pairs_per_prompt:
-                needed[index] = True
-                seen[prompt] = seen.get(prompt, 0) + 1
+        needed = rank_in_groups(prompts, distances, ids) < self.min_pairs_per_prompt
+        order = np.lexsort((ids, distances))[::-1]
+        spare = order[kept[order] & ~needed[order]]
         n_keep = int(kept.sum())
-        spare = [index for index in order[::-1] if kept[index] and not needed[index]]
         kept = kept | needed
         kept[spare[: int(kept.sum()) - n_keep]] = False
         return kept

@@ -195,6 +195,11 @@ class FeatureStore:
         return self.dim * self._dtype.itemsize
 
     @property
+    def feature_dtype(self) -> np.dtype:
+        """Type of the features as they are read."""
+        return np.dtype(np.float32) if self._dtype == np.float16 else self._dtype
+
+    @property
     def done(self) -> np.ndarray:
         """Whether each row is there, bool of shape `(n_rows,)`."""
         return self._part_of >= 0
@@ -349,12 +354,13 @@ class FeatureStore:
         return self._records[name]
 
     def close(self) -> None:
-        """Flush, and close the files."""
+        """Flush, and close the files. What was written can still be read, which opens files that another call closes."""
         try:
             self.flush()
         finally:
             for file in (*self._files, *self._descriptors.values()):
                 os.close(file)
+            self._files.clear()
             self._descriptors.clear()
 
 

@@ -26,6 +26,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -76,18 +78,25 @@ def public_value(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float) else str(value).removeprefix("torch.")
 
 
-def sha256_of_ids(ids: Iterable[str]) -> str:
+def sha256_of_ids(ids: Iterable[str] | pa.ChunkedArray) -> str:
     """
     SHA-256 over ids, in their order.
 
     Args:
-        ids (`Iterable[str]`):
+        ids (`Iterable[str]` or `pyarrow.ChunkedArray`):
             The ids.
 
     Returns:
         `str`: Hex digest.
     """
     digest = hashlib.sha256()
+    if isinstance(ids, pa.ChunkedArray):
+        for chunk in ids.cast(pa.large_string()).chunks:
+            # One after the other, as Arrow has them.
+            _, offsets, data = chunk.buffers()
+            ends = np.frombuffer(offsets, np.int64)
+            digest.update(memoryview(data or b"")[ends[chunk.offset] : ends[chunk.offset + len(chunk)]])
+        return digest.hexdigest()
     for one in ids:
         digest.update(one.encode())
     return digest.hexdigest()

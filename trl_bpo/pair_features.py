@@ -78,10 +78,9 @@ def _packing_pays(trainer: DPOTrainer, responses: PairResponses, both: bool) -> 
     embeddings = model.get_input_embeddings().weight
     weights -= getattr(embeddings, "ds_numel", embeddings.numel())
     attention = config.num_hidden_layers * config.hidden_size
-    pairs = list(zip(responses.chosen.tolist(), responses.rejected.tolist(), strict=True))
-    rows = [index for pair in pairs for index in pair] if both else range(len(responses.input_ids))
+    rows = np.concatenate([responses.chosen, responses.rejected]) if both else range(len(responses.input_ids))
     alone = sum(n * weights + n * n * attention for n in (len(responses.input_ids[index]) for index in rows))
-    lengths = (packed_length(responses, pair) for pair in range(len(pairs)))
+    lengths = (packed_length(responses, pair) for pair in range(len(responses.chosen)))
     return sum(n * weights + 2 * n * n * attention for n in lengths) < alone
 
 
@@ -147,7 +146,7 @@ class PairFeatures:
         remove_stores(folder, accelerator, keep=own)
         return result
 
-    def compute(self, projection: SparseProjection, folder: Path) -> np.ndarray | None:
+    def compute(self, projection: SparseProjection, folder: Path) -> "StoredPairs | None":
         """
         Compute the features under the current policy, or what is missing of them.
 
@@ -160,8 +159,9 @@ class PairFeatures:
                 Folder of the [`FeatureStore`]. That of the reference log-probabilities lies beside it.
 
         Returns:
-            `np.ndarray` of shape `(n_pairs, dim)`, *optional*: Feature of each pair, not normalised, on the main
-            process; `None` on the others. A pair whose feature is zero has no gradient.
+            [`StoredPairs`] of shape `(n_pairs, dim)`, *optional*: Feature of each pair, not normalised, on the main
+            process; `None` on the others. They are on the disk, in that folder. A pair whose feature is zero has no
+            gradient.
 
         Raises:
             `ValueError`: If the folder holds features that were made otherwise.
@@ -182,13 +182,13 @@ class PairFeatures:
                     self._pair_pass(store, projection, path == "packed pairs", options)
             scalars = self._collect(store)
             coefficients = self._coefficients(scalars) if path == "responses" else None
-            if not trainer.accelerator.is_main_process:
-                return None
-            if coefficients is not None:
-                return assemble_pairs(store, self._pairs, coefficients.numpy())
-            return store.read(range(store.n_rows))
         finally:
             store.close()
+        if not trainer.accelerator.is_main_process:
+            return None
+        if coefficients is None:
+            return StoredPairs(store, np.arange(store.n_rows)[:, None], np.ones((store.n_rows, 1)))
+        return StoredPairs(store, self._pairs, coefficients.numpy())
 
     def losses_and_margins(self, folder: Path) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -294,7 +294,7 @@ class PairFeatures:
                 header["reference"] = tensors_hash([("ref_logps", self._reference())])
         dtype = "float64" if model.dtype == torch.float64 else args.gradient_dtype
         n_rows = len(self.responses.input_ids) if path == "responses" else len(self._pairs)
-        n_needed = len(set(self.responses.chosen.tolist())) if header.get("responses") == "chosen" else n_rows
+        n_needed = len(np.unique(self.responses.chosen)) if header.get("responses") == "chosen" else n_rows
         options = {"scalars": scalars, "dtype": dtype, "n_needed": n_needed}
         return self._open_store(folder, header, n_rows, projection.dim, **options)
 
@@ -319,7 +319,7 @@ class PairFeatures:
     def _rows_header(self, path: str) -> dict[str, str]:
         if path not in self._rows_hashes:
             ids, starts = self.responses.input_ids, self.responses.starts
-            rows = [(index,) for index in range(len(ids))] if path == "responses" else self._pairs.tolist()
+            rows = ((index,) for index in range(len(ids))) if path == "responses" else self._pairs
             contents = ([n for index in row for n in (len(ids[index]), starts[index], *ids[index])] for row in rows)
             self._rows_hashes[path] = rows_hash(contents)
         return {"rows": self._rows_hashes[path]}
@@ -352,8 +352,9 @@ class PairFeatures:
         pad_token_id = self.trainer._tokenizer.pad_token_id
         batches = length_batches(responses.input_ids, args.gradient_batch_tokens)
         if args.depth_feature == "chosen":
-            needed = set(responses.chosen.tolist())
-            batches = [kept for batch in batches if (kept := [row for row in batch if row in needed])]
+            needed = np.zeros(len(responses.input_ids), dtype=bool)
+            needed[responses.chosen] = True
+            batches = [kept for batch in batches if (kept := [row for row in batch if needed[row]])]
 
         def write(rows: list[int], features: torch.Tensor, pieces: Pieces, sums: Pieces | None) -> None:
             logp = [piece.double().sum().item() for piece in pieces]
@@ -472,7 +473,7 @@ class PairFeatures:
             for start in range(0, len(missing), _CHUNK):
                 rows = missing[start : start + _CHUNK]
                 own = owner[start : start + _CHUNK] == accelerator.process_index
-                features = np.zeros((len(rows), store.dim), dtype=store.read([]).dtype)
+                features = np.zeros((len(rows), store.dim), dtype=store.feature_dtype)
                 features[own] = store.read(rows[own])
                 numbers = np.zeros((len(store.scalars), len(rows)))
                 for number, name in zip(numbers, store.scalars, strict=True):
@@ -498,28 +499,45 @@ class PairFeatures:
         return pair_coefficients(trainer, self.responses, scalars["logp"], self._reference(), alignments)
 
 
-def assemble_pairs(store: FeatureStore, pairs: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+class StoredPairs:
     """
-    Features of pairs from those of their responses. Memory: the result, and a part of it.
+    Features of pairs, read from the disk as they are asked for and put together from those of their responses.
 
     Args:
         store ([`FeatureStore`]):
-            Features of the responses.
-        pairs (`np.ndarray` of shape `(n_pairs, 2)`):
-            Row of each pair's chosen and rejected response.
-        coefficients (`np.ndarray` of shape `(n_pairs, 2)`):
+            Features of the responses. It may be closed: reading opens its files again.
+        pairs (`np.ndarray` of shape `(n_pairs, m)`):
+            The rows of the store that make each pair: its chosen and its rejected response, or itself.
+        coefficients (`np.ndarray` of shape `(n_pairs, m)`):
             Their factors. A response whose factor is 0 in all pairs need not be there.
 
-    Returns:
-        `np.ndarray` of shape `(n_pairs, dim)`: `c+ g(y+) + c- g(y-)`, of the type of the store.
+    Attributes:
+        shape (`tuple[int, int]`):
+            Number of pairs and of dimensions.
     """
-    features = np.zeros((len(pairs), store.dim), dtype=store.read([]).dtype)
-    for start in range(0, len(pairs), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        for rows, factors in zip(pairs[part].T, coefficients[part].T.astype(features.dtype), strict=True):
-            if factors.any():
-                features[part] += factors[:, None] * store.read(rows)
-    return features
+
+    def __init__(self, store: FeatureStore, pairs: np.ndarray, coefficients: np.ndarray) -> None:
+        self.shape = (len(pairs), store.dim)
+        self._store = store
+        used = coefficients.any(axis=0)
+        self._pairs, self._coefficients = pairs[:, used], coefficients[:, used]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        pairs, coefficients = self._pairs[rows], self._coefficients[rows]
+        features = np.zeros((len(pairs), self.shape[1]), dtype=self._store.feature_dtype)
+        # In parts, as each response's feature is one more copy.
+        for start in range(0, len(pairs), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            for stored, factors in zip(pairs[part].T, coefficients[part].T.astype(features.dtype), strict=True):
+                features[part] += factors[:, None] * self._store.read(stored)
+        return features
+
+    def close(self) -> None:
+        """Close the files."""
+        self._store.close()
 
 
 def remove_stores(folder: Path, accelerator: Any, keep: Path | None = None) -> None:

@@ -17,11 +17,14 @@
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from trl.data_utils import maybe_extract_prompt
 
 from .bpo_config import BPOConfig
+from .ids import id_column, read_column
 from .manifest import sha256_of_ids
 from .prompts import pair_id, prompt_id
 
@@ -39,6 +42,11 @@ def _identify(row: dict) -> dict[str, str]:
         "pair_id": pair_id(row["prompt"], row["chosen"], row["rejected"], tools),
     }
     return {name: value if row.get(name) is None else row[name] for name, value in ids.items()}
+
+
+def _count_empty(prompts: pa.Array) -> int:
+    lengths = pc.list_value_length(prompts) if pa.types.is_list(prompts.type) else pc.binary_length(prompts)
+    return pc.sum(pc.equal(lengths, 0).fill_null(True)).as_py() or 0
 
 
 def identify_pairs(dataset: Dataset | IterableDataset, args: BPOConfig) -> Dataset:
@@ -77,12 +85,12 @@ def identify_pairs(dataset: Dataset | IterableDataset, args: BPOConfig) -> Datas
     with args.main_process_first(desc="identifying pairs"):
         dataset = dataset.map(maybe_extract_prompt, num_proc=args.dataset_num_proc, desc="Extracting prompts")
         dataset = dataset.map(_identify, num_proc=args.dataset_num_proc, desc="Hashing pairs")
-    if without_prompt := sum(not prompt for prompt in dataset["prompt"]):
+    if without_prompt := sum(map(_count_empty, read_column(dataset, "prompt").chunks)):
         logger.warning(
             f"{without_prompt} of {len(dataset)} pairs have an empty prompt: their answers have no common beginning. If "
             "another column holds the prompt, rename it to `prompt`."
         )
-    if copies := len(dataset) - len(set(dataset["pair_id"])):
+    if copies := len(dataset) - pc.count_distinct(read_column(dataset, "pair_id")).as_py():
         logger.warning(
             f"{copies} of {len(dataset)} pairs repeat an earlier one. They count as often as they occur, in the budget "
             "and in the clusters; drop them first if that is not meant."
@@ -103,7 +111,7 @@ class PairPool:
             The pairs as they came in. After [`~PairPool.keep_rows_of`] those that TRL's length filter left.
         num_given (`int`):
             Number of pairs before that filter.
-        pair_ids, prompt_ids (`list[str]`):
+        pair_ids, prompt_ids (`pyarrow.ChunkedArray`):
             Ids of each pair and of its prompt.
     """
 
@@ -113,8 +121,7 @@ class PairPool:
         self._read_ids()
 
     def _read_ids(self) -> None:
-        ids = self.pairs.select_columns(["pair_id", "prompt_id"])
-        self.pair_ids, self.prompt_ids = list(map(str, ids["pair_id"])), list(map(str, ids["prompt_id"]))
+        self.pair_ids, self.prompt_ids = id_column(self.pairs, "pair_id"), id_column(self.pairs, "prompt_id")
 
     @property
     def numbered_pairs(self) -> Dataset:
@@ -131,7 +138,7 @@ class PairPool:
         """
         if dropped := self.num_given - len(dataset):
             # Written out once. Each column that is added to a selection of rows would do it again.
-            self.pairs = self.pairs.select(np.asarray(dataset[_ROW])).flatten_indices()
+            self.pairs = self.pairs.select(read_column(dataset, _ROW).to_numpy()).flatten_indices()
             self._read_ids()
             logger.warning(
                 f"{dropped} of {self.num_given} pairs were dropped by TRL: their prompt alone fills `max_length`. The "

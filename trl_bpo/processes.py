@@ -12,27 +12,67 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What one process decides for all."""
+"""What processes do by themselves, and what one of them decides for all."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 
 T = TypeVar("T")
 
+_FIRST_POLL_SECONDS, _MAX_POLL_SECONDS = 0.01, 5.0
 
-def on_main_process(accelerator: Any, function: Callable[[], T]) -> T:
+
+def meanwhile(state: Any, function: Callable[[], T]) -> T:
     """
-    Have the main process alone decide something, and all processes take its answer: what they work out by themselves
-    might differ. All processes must call this.
+    Call a function that may take long on some processes, and wait for all of them. All processes must call this.
+
+    A process that waits in a collective operation for one that is busy is stopped by the time-out of the process group,
+    after ten minutes with NCCL. So the function runs in a thread, while the processes ask each other every few seconds
+    whether they are done. The function itself must not communicate.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            The accelerator.
+        state ([`~accelerate.Accelerator`] or [`~accelerate.PartialState`]):
+            The processes.
         function (`Callable`):
-            What the main process calls.
+            What to call.
+
+    Returns:
+        What it returns, on each process its own.
+
+    Raises:
+        Its error on the process that had it, and on the others one with the same text.
+    """
+    if state.num_processes == 1:
+        return function()
+    seconds = _FIRST_POLL_SECONDS
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(function)
+        while not all(gather_object([bool(wait([future], timeout=seconds).done)])):
+            seconds = min(2 * seconds, _MAX_POLL_SECONDS)
+    failure = future.exception()
+    # Not every error can be sent.
+    failures = gather_object([None if failure is None else (isinstance(failure, ValueError), str(failure))])
+    if failure is not None:
+        raise failure
+    for is_value_error, text in filter(None, failures):
+        raise (ValueError if is_value_error else RuntimeError)(text)
+    return future.result()
+
+
+def on_main_process(state: Any, function: Callable[[], T]) -> T:
+    """
+    Have the main process alone decide something, however long that takes, and all processes take its answer: what they work
+    out by themselves might differ. All processes must call this.
+
+    Args:
+        state ([`~accelerate.Accelerator`] or [`~accelerate.PartialState`]):
+            The processes.
+        function (`Callable`):
+            What the main process calls, as in [`meanwhile`].
 
     Returns:
         What it returns, on all processes.
@@ -40,17 +80,6 @@ def on_main_process(accelerator: Any, function: Callable[[], T]) -> T:
     Raises:
         Its error on the main process, and on the others one with the same text, as they would wait for ever.
     """
-    outcome: list[Any] = [None, None]
-    failure = None
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = function()
-        except Exception as error:
-            # Not every error can be sent.
-            failure, outcome[1] = error, (isinstance(error, ValueError), str(error))
+    outcome: list[Any] = [meanwhile(state, function if state.is_main_process else lambda: None)]
     broadcast_object_list(outcome, from_process=0)
-    if failure is not None:
-        raise failure
-    if outcome[1] is not None:
-        raise (ValueError if outcome[1][0] else RuntimeError)(outcome[1][1])
     return outcome[0]

@@ -19,7 +19,6 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from accelerate.logging import get_logger
 from huggingface_hub import run_as_future
@@ -120,7 +119,7 @@ class SelectionRecorder:
         # What the run did after the checkpoint before it was killed is done again.
         there = self._there(steps)
         last = SavedSelection(self.folder / step_name(steps[-1]), steps[-1])
-        kept = sha256_of_ids(pool.pair_ids[row] for row in np.flatnonzero(selection.selected))
+        kept = sha256_of_ids(pool.pair_ids.filter(selection.selected))
         if steps[-1] in there and last.manifest["outputs"]["kept"] == kept:
             self._manifest = last.manifest
             self._pool_table = save_pool(

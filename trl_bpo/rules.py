@@ -28,17 +28,18 @@ import numpy as np
 from sklearn.metrics import DistanceMetric
 
 from .clustering import rank_in_groups
+from .ids import Ids, dense_ranks
 
 
 RULES = ("nearest", "farthest", "random", "random_like_nearest", "k_centre")
 
 
-def draw_scores(ids: list[str], seed: int, number: int) -> np.ndarray:
+def draw_scores(ids: Ids, seed: int, number: int) -> np.ndarray:
     """
     Random scores that depend on the ids and not on their order.
 
     Args:
-        ids (`list[str]`):
+        ids (`Sequence[str]`, or integers that are ordered alike):
             Ids of the pairs.
         seed (`int`):
             Seed of the run.
@@ -49,12 +50,12 @@ def draw_scores(ids: list[str], seed: int, number: int) -> np.ndarray:
         `np.ndarray` of shape `(n,)`: Scores in [0, 1).
     """
     scores = np.empty(len(ids))
-    order = np.argsort(np.asarray(ids), kind="stable")
+    order = np.argsort(dense_ranks(ids), kind="stable")
     scores[order] = np.random.default_rng([seed, number]).random(len(ids))
     return scores
 
 
-def draw_like(selected: np.ndarray, pair_ids: list[str], prompt_ids: list[str], seed: int, number: int) -> np.ndarray:
+def draw_like(selected: np.ndarray, pair_ids: Ids, prompt_ids: Ids, seed: int, number: int) -> np.ndarray:
     """
     Draw a selection at random that has as many prompts of each number of pairs as another one.
 
@@ -64,9 +65,9 @@ def draw_like(selected: np.ndarray, pair_ids: list[str], prompt_ids: list[str], 
     Args:
         selected (`np.ndarray` of shape `(n,)`, bool):
             The other selection.
-        pair_ids (`list[str]`):
+        pair_ids (`Sequence[str]`, or integers that are ordered alike):
             Content hash of each pair.
-        prompt_ids (`list[str]`):
+        prompt_ids (`Sequence[str]`, or integers that are ordered alike):
             Prompt of each pair.
         seed (`int`):
             Seed of the run.
@@ -76,9 +77,10 @@ def draw_like(selected: np.ndarray, pair_ids: list[str], prompt_ids: list[str], 
     Returns:
         `np.ndarray` of shape `(n,)`, bool: Whether each pair is drawn.
     """
-    prompts, own, sizes = np.unique(prompt_ids, return_inverse=True, return_counts=True)
+    prompts, own, sizes = np.unique(dense_ranks(prompt_ids), return_inverse=True, return_counts=True)
     # One draw for both: two of the same length would be the same.
-    draws = draw_scores([*prompts.tolist(), *pair_ids], seed, number)
+    pairs = len(prompts) + dense_ranks(pair_ids)
+    draws = draw_scores(np.concatenate([np.arange(len(prompts)), pairs]), seed, number)
     of_prompts, of_pairs = draws[: len(prompts)], draws[len(prompts) :]
     counts = np.zeros(len(prompts), dtype=np.int64)
     free = np.ones(len(prompts), dtype=bool)
@@ -90,7 +92,7 @@ def draw_like(selected: np.ndarray, pair_ids: list[str], prompt_ids: list[str], 
     return rank_in_groups(own, of_pairs, pair_ids) < counts[own]
 
 
-def k_centre(features: np.ndarray, ids: list[str], n_keep: int) -> np.ndarray:
+def k_centre(features: np.ndarray, ids: Ids, n_keep: int) -> np.ndarray:
     """
     Order in which greedy k-centre keeps rows: first the one nearest to the mean, then always the one farthest from those
     kept. Time is `O(n * n_keep * d)`, memory one copy of the features.
@@ -98,7 +100,7 @@ def k_centre(features: np.ndarray, ids: list[str], n_keep: int) -> np.ndarray:
     Args:
         features (`np.ndarray` of shape `(n, d)`, float32 or float64):
             One row a point. Must be finite.
-        ids (`list[str]`):
+        ids (`Sequence[str]`, or integers that are ordered alike):
             Content hash of each row, which settles ties.
         n_keep (`int`):
             Number of rows to keep.
@@ -107,7 +109,7 @@ def k_centre(features: np.ndarray, ids: list[str], n_keep: int) -> np.ndarray:
         `np.ndarray` of shape `(n,)`, int64: Place of each row: below `n_keep` for those that are kept, in the order in
         which they were; the others follow, the farthest from those kept first.
     """
-    order = np.argsort(np.asarray(ids), kind="stable")
+    order = np.argsort(dense_ranks(ids), kind="stable")
     features = features[order]
     # Distances by differences. By inner products equal rows would lie apart by the rounding.
     metric = DistanceMetric.get_metric("euclidean", dtype=features.dtype.type)

@@ -29,6 +29,8 @@ from trl.trainer.utils import get_config_model_id
 
 from .bpo_config import POLICY_STRATEGIES
 from .depth import DepthSelection
+from .ids import id_column
+from .kmeans import Rows
 from .manifest import public_name, sha256_of_ids, sha256_of_text, write_json, write_manifest
 from .model_fingerprint import model_fingerprint
 from .prompts import EXCERPT_CHARACTERS, render_prompt
@@ -101,7 +103,7 @@ def save_pool(folder: Path, pairs: Dataset, tokenized: Dataset, with_texts: bool
     return table
 
 
-def save_feature_sample(folder: Path, features: np.ndarray, normalize: bool, seed: int) -> None:
+def save_feature_sample(folder: Path, features: Rows, normalize: bool, seed: int) -> None:
     """
     Save a random sample of up to 2,048 features as `sample.safetensors`, in half precision: at most 8 MB for 2,048
     dimensions.
@@ -109,14 +111,14 @@ def save_feature_sample(folder: Path, features: np.ndarray, normalize: bool, see
     Args:
         folder (`Path`):
             The folder of the selections, created if need be.
-        features (`np.ndarray` of shape `(n, d)`):
+        features ([`Rows`] of shape `(n, d)`):
             Features of the pairs. Those that are zero or not finite are left out.
         normalize (`bool`):
             Whether they are clustered at unit length.
         seed (`int`):
             Seed of the sample.
     """
-    rows = np.sort(np.random.default_rng(seed).permutation(len(features))[:_SAMPLE_ROWS])
+    rows = np.sort(np.random.default_rng(seed).permutation(features.shape[0])[:_SAMPLE_ROWS])
     sample = features[rows].astype(np.float32)
     norms = np.linalg.norm(sample, axis=1)
     usable = np.isfinite(norms) & (norms > 0)
@@ -203,7 +205,7 @@ def save_selection(
     table = Path(f"{path}.parquet")
     selection.annotate(pairs.select_columns(["pair_id", "prompt_id"])).to_parquet(table)
     write_json(Path(f"{path}.json"), {"step": step, **metrics})
-    outputs = {"kept": sha256_of_ids(map(str, kept["pair_id"])), "num_kept": len(kept)}
+    outputs = {"kept": sha256_of_ids(id_column(kept, "pair_id")), "num_kept": len(kept)}
     outputs |= {"train.parquet": path / "train.parquet", table.name: table}
     return write_manifest(path / "manifest.json", "depth", inputs, parameters, outputs, step=step)
 

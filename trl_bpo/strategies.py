@@ -45,8 +45,10 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 
 from .bpo_config import GRADIENT_STRATEGIES
-from .clustering import rank_in_groups
-from .embedding import embed_texts, require_sentence_transformers
+from .clustering import rank_in_groups, row_norms
+from .embedding import EmbeddingRows, embed_texts, require_sentence_transformers
+from .ids import dense_ranks, read_column
+from .kmeans import Rows
 from .pool import PairPool
 from .prompts import render_prompt
 from .rules import draw_scores
@@ -89,7 +91,7 @@ def check_strategy(strategy: str, pairs: Dataset) -> None:
             f"{sorted(missing)} column. Score the responses first, or take another strategy."
         )
     for column in _SCORE_COLUMNS:
-        values = np.asarray(pairs[column], dtype=np.float64)
+        values = read_column(pairs, column).to_numpy().astype(np.float64)
         if len(rows := np.flatnonzero(~np.isfinite(values))):
             raise ValueError(
                 f"`depth_strategy='{strategy}'` goes by the scores of both responses, but {len(rows)} of {len(values)} "
@@ -100,8 +102,8 @@ def check_strategy(strategy: str, pairs: Dataset) -> None:
 def _in_turns(scores: np.ndarray, pool: PairPool, seed: int) -> np.ndarray:
     # Scores under which every prompt gets its best pair before any gets its second best. Where the budget ends within a
     # turn, which prompts come first is drawn by prompt: by pair, those with many pairs would have many chances.
-    distinct, prompts = np.unique(pool.prompt_ids, return_inverse=True)
-    return draw_scores(distinct.tolist(), seed, 0)[prompts] - rank_in_groups(prompts, -scores, pool.pair_ids)
+    distinct, prompts = np.unique(dense_ranks(pool.prompt_ids), return_inverse=True)
+    return draw_scores(distinct, seed, 0)[prompts] - rank_in_groups(prompts, -scores, pool.pair_ids)
 
 
 def _embed_pairs(batch: dict[str, list], encoder: str) -> dict[str, np.ndarray]:
@@ -113,7 +115,7 @@ def _embed_pairs(batch: dict[str, list], encoder: str) -> dict[str, np.ndarray]:
     return {"_embedding": np.concatenate(np.split(embeddings, 3), axis=1)}
 
 
-def measure_by_policy(trainer: Any) -> np.ndarray | None:
+def measure_by_policy(trainer: Any) -> Rows | None:
     """
     What the policy makes of each pair. All processes must call this.
 
@@ -122,14 +124,14 @@ def measure_by_policy(trainer: Any) -> np.ndarray | None:
             A trainer with a strategy that changes with the policy.
 
     Returns:
-        `np.ndarray`, *optional*: Features of shape `(n_pairs, d)`, which are to be clustered, on the main process and
-        `None` on the others; or scores of shape `(n_pairs,)`, of which the highest are kept.
+        [`Rows`], *optional*: Features of shape `(n_pairs, d)`, which are to be clustered, on the main process and `None`
+        on the others; or scores of shape `(n_pairs,)`, of which the highest are kept.
     """
     strategy = trainer.args.depth_strategy
     if strategy in GRADIENT_STRATEGIES:
         features = trainer._pair_features()
         if strategy == "gradient_norm" and features is not None:
-            return np.linalg.norm(features, axis=1)
+            return row_norms(features)
         return features
     losses, margins = trainer._features.at_this_step(trainer._features_path, trainer._features.losses_and_margins)
     scores = {
@@ -148,7 +150,7 @@ def measure_by_policy(trainer: Any) -> np.ndarray | None:
     return scores
 
 
-def measure_by_data(trainer: Any) -> np.ndarray:
+def measure_by_data(trainer: Any) -> Rows:
     """
     What the data alone tell of each pair.
 
@@ -157,8 +159,8 @@ def measure_by_data(trainer: Any) -> np.ndarray:
             A trainer with a strategy that does not change with the policy.
 
     Returns:
-        `np.ndarray`: Features of shape `(n_pairs, d)`, which are to be clustered, or scores of shape `(n_pairs,)`, of
-        which the highest are kept.
+        [`Rows`]: Features of shape `(n_pairs, d)`, which are to be clustered, or scores of shape `(n_pairs,)`, of which
+        the highest are kept.
     """
     strategy, pool, seed = trainer.args.depth_strategy, trainer._pool, trainer.args.seed
     if strategy.startswith("embedding"):
@@ -170,7 +172,7 @@ def measure_by_data(trainer: Any) -> np.ndarray:
             remove_columns=columns,
             desc="Embedding pairs",
         )
-        return np.asarray(embedded.with_format("numpy")["_embedding"][:])
+        return EmbeddingRows([read_column(embedded, "_embedding")])
     if strategy == "longest":
         responses = trainer._features.responses
         lengths = np.asarray([len(ids) for ids in responses.input_ids]) - np.asarray(responses.starts)
@@ -183,7 +185,7 @@ def measure_by_data(trainer: Any) -> np.ndarray:
         return drawn
     if strategy == "equal_per_prompt":
         return _in_turns(drawn, pool, seed)
-    chosen, rejected = (np.asarray(pool.pairs[column], dtype=np.float64) for column in _SCORE_COLUMNS)
+    chosen, rejected = (read_column(pool.pairs, column).to_numpy().astype(np.float64) for column in _SCORE_COLUMNS)
     if strategy == "best_worst_per_prompt":
         return _in_turns(chosen - rejected, pool, seed)
     return chosen - rejected if strategy == "score_margin_high" else rejected - chosen

@@ -15,17 +15,18 @@
 """Pictures of the selections, for the trackers that a training reports to."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import CallbackHandler
 
 from .depth import DepthSelection
-from .report import pairs_per_prompt
+from .report import histogram_of
 
 
 if TYPE_CHECKING:
@@ -38,11 +39,11 @@ logger = logging.getLogger(__name__)
 _TRACKERS = {"tensorboard": TensorBoardCallback, "trackio": TrackioCallback, "wandb": WandbCallback}
 
 
-def _figures(selection: DepthSelection, prompt_ids: Sequence[str]) -> dict[str, "Figure"]:
+def _figures(selection: DepthSelection, prompt_ids: pa.ChunkedArray) -> dict[str, "Figure"]:
     from .report.figures import clusters_figure, distances_figure, pairs_per_prompt_figure
 
     selected = selection.selected
-    histogram = pairs_per_prompt(prompt_ids, [prompt_ids[row] for row in np.flatnonzero(selected).tolist()])
+    histogram = histogram_of(prompt_ids, selected)
     figures = {"bpo/pairs_per_prompt": pairs_per_prompt_figure(histogram)}
     if selection.scores is not None:
         figures["bpo/scores"] = distances_figure(selection.scores, selected, label="Score")
@@ -94,11 +95,11 @@ class SelectionPicturesCallback(TrainerCallback):
     Args:
         callback_handler ([`~transformers.trainer_callback.CallbackHandler`]):
             The handler of the trainer, which has the callbacks of the trackers.
-        prompt_ids (`Sequence[str]`):
+        prompt_ids (`pyarrow.ChunkedArray`):
             Prompt id of each pair that is selected from.
     """
 
-    def __init__(self, callback_handler: CallbackHandler, prompt_ids: Sequence[str]) -> None:
+    def __init__(self, callback_handler: CallbackHandler, prompt_ids: pa.ChunkedArray) -> None:
         self._handler = callback_handler
         self._prompt_ids = prompt_ids
         self._warned: set[str] = set()

@@ -36,7 +36,7 @@ from transformers import HfArgumentParser
 
 from trl_bpo import DepthSelector
 from trl_bpo.feature_store import FeatureStore
-from trl_bpo.pair_features import assemble_pairs
+from trl_bpo.pair_features import StoredPairs
 
 
 @dataclass
@@ -77,7 +77,7 @@ def main(args: BenchmarkArguments) -> None:
             store.write(rows.tolist(), centres[rows // 2 % len(centres)] + noise, logp=zeros, alignment=zeros)
         done("write")
         pairs = np.arange(n_rows).reshape(-1, 2)
-        features = assemble_pairs(store, pairs, np.ones(pairs.shape))
+        features = StoredPairs(store, pairs, np.ones(pairs.shape))[:]
         store.close()
         done("assemble")
     ids = [f"{row:08d}" for row in rng.permutation(args.num_pairs)]
