@@ -44,7 +44,9 @@ def make(model_dir, folder, **kwargs):
 
 
 def run(trainer, **kwargs):
-    result = {"num_processes": trainer.accelerator.num_processes, "features": trainer._pair_features()}
+    features = trainer._pair_features()
+    features = None if features is None else features[:]
+    result = {"num_processes": trainer.accelerator.num_processes, "features": features}
     try:
         trainer.train(**kwargs)
     except ValueError as error:

@@ -200,7 +200,7 @@ def float64_trainer(
 
 def features_of(trainer, keep=False):
     """The features, and which passes they were computed by. Nothing of them stays on disk, unless it is to be kept."""
-    features = torch.from_numpy(trainer._pair_features())
+    features = torch.from_numpy(trainer._pair_features()[:])
     header = trainer._features_path / f"step-{trainer.state.global_step:06d}" / "part-00000.json"
     path = json.loads(header.read_text())["features"]
     if not keep:

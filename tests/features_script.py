@@ -107,7 +107,7 @@ def compute(model_dir, folder, process):
         if features is not None:
             assert sharded is None or pair_features.runs_in_lockstep(trainer)
             step = trainer.state.global_step
-            np.savez(folder / f"features-{step}.npz", features=features, **stored(trainer._features_path, step))
+            np.savez(folder / f"features-{step}.npz", features=features[:], **stored(trainer._features_path, step))
         return features
 
     trainer._pair_features = kept_features

@@ -37,7 +37,7 @@ class Events(TrainerCallback):
         self.noted = []
 
     def on_selection(self, args, state, control, selection, pair_ids, **kwargs):
-        self.noted.append((state.global_step, len(self.trainer.batches), selection, pair_ids))
+        self.noted.append((state.global_step, len(self.trainer.batches), selection, pair_ids.to_pylist()))
 
 
 def make(model_dir, encoder, folder, strategy, **kwargs):

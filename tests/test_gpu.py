@@ -119,7 +119,7 @@ def test_features_are_those_on_the_cpu(tiny_dir, tmp_path, peft, loss_type):
     for name, use_cpu in (("cpu", True), ("cuda", False)):
         trainer = make(tiny_dir, tmp_path / name, BPOTrainer, peft=peft, use_cpu=use_cpu, loss_type=loss_type)
         assert trainer.accelerator.device.type == name
-        features.append(torch.from_numpy(trainer._pair_features()))
+        features.append(torch.from_numpy(trainer._pair_features()[:]))
     for on_cuda, on_cpu in zip(features[1], features[0], strict=True):
         assert relative_error(on_cuda, on_cpu) < 1e-3
 

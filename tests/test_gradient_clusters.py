@@ -275,10 +275,10 @@ def test_features_are_those_of_the_product(study, done, tmp_path):
         str(tmp_path), projection_dim=128, depth_fraction=0.5, max_length=64, seed=42, bf16=False, report_to="none"
     )
     product = BPOTrainer(trainer.model, args=config, train_dataset=study.load_pairs(args, ""))
-    theirs = product._pair_features()
+    theirs = product._pair_features()[:]
     # One draw of the projection, but for the dimension in which the buckets were drawn.
     product._projection = SparseProjection(256, 42)
-    theirs = product._features.compute(product._projection, tmp_path / "wide")
+    theirs = product._features.compute(product._projection, tmp_path / "wide")[:]
     assert product._pool.pair_ids == meta["pair_id"][:]
     theirs, ours = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (study.fold(theirs, 128), ours))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)

@@ -83,7 +83,7 @@ def direct(trainer):
 
 
 def features_of(trainer):
-    features = torch.from_numpy(trainer._pair_features())
+    features = torch.from_numpy(trainer._pair_features()[:])
     remove_stores(trainer._features_path, trainer.accelerator)
     return features
 

@@ -77,12 +77,12 @@ def test_callbacks_are_told_of_each_selection(tiny_dir, tmp_path):
         assert kwargs.keys() == {"selection", "pair_ids"}
         assert isinstance(kwargs["selection"], DepthSelection)
         assert set(np.flatnonzero(kwargs["selection"].selected).tolist()) == rows
-        assert kwargs["pair_ids"] == [trainer.train_dataset["pair_id"][row] for row in sorted(rows)]
+        assert kwargs["pair_ids"].to_pylist() == [trainer.train_dataset["pair_id"][row] for row in sorted(rows)]
         # What the selection leaves in `output_dir` is there.
         saved = Dataset.from_parquet(
             str(tmp_path / f"_selections/step-{step:06d}/train.parquet"), cache_dir=str(tmp_path / "c")
         )
-        assert saved["pair_id"][:] == kwargs["pair_ids"]
+        assert saved["pair_id"][:] == kwargs["pair_ids"].to_pylist()
 
 
 def test_a_callback_that_is_added_later(tiny_dir, tmp_path):

@@ -135,7 +135,7 @@ def test_adapters_of_a_quantised_model(tiny_dir, tmp_path, monkeypatch, packed):
     modules = target_modules(trainer.model)
     assert len(modules) == 2 * 2 * 7
     trainer._projection = IdentityProjection(modules)
-    features = torch.from_numpy(trainer._pair_features())
+    features = torch.from_numpy(trainer._pair_features()[:])
     # TRL keeps the adapters of a quantised model in bfloat16.
     responses, weights = unique_responses(trainer.train_dataset), [module.weight for module in modules.values()]
     trainer.model.eval()

@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from pairs import config, pairs
 from peft import LoraConfig
@@ -225,7 +226,7 @@ def by_hand(folder, n=4000, writer=None, more=()):
 
     writer = writer or SummaryWriter(str(folder))
     handler = CallbackHandler([TensorBoardCallback(writer), *more], None, None, None, None)
-    callback = SelectionPicturesCallback(handler, [f"prompt {row // 4}" for row in range(n)])
+    callback = SelectionPicturesCallback(handler, pa.chunked_array([[f"prompt {row // 4}" for row in range(n)]]))
     return (
         callback,
         (config(folder), TrainerState(global_step=7, is_world_process_zero=True), TrainerControl()),

@@ -86,7 +86,7 @@ class SelectAlongTheWay(TrainerCallback):
         if state.global_step not in self.at:
             return
         trainer = self.trainer
-        features, pool = trainer._pair_features(), trainer._pool
+        features, pool = trainer._pair_features()[:], trainer._pool
         remove_stores(trainer._features_path, trainer.accelerator)
         seeds = [
             DepthSelector(FRACTION, seed=seed).select(features, pool.pair_ids, pool.prompt_ids)

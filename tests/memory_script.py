@@ -1,0 +1,114 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""What `test_memory.py` measures: selections of many rows, by the name of the stage."""
+
+import hashlib
+import json
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import disable_progress_bars, load_dataset
+
+from trl_bpo import BreadthSelector, DepthSelector, embedding
+from trl_bpo.bpo_config import BPOConfig
+from trl_bpo.manifest import sha256_of_ids
+from trl_bpo.pool import PairPool, identify_pairs
+from trl_bpo.selection_state import save_selection
+from trl_bpo.strategies import check_strategy
+
+
+ROWS_AT_A_TIME = 5000
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_rows(path, n, row_of):
+    """A Parquet file, written without holding its rows."""
+    writer = None
+    for start in range(0, n, ROWS_AT_A_TIME):
+        table = pa.Table.from_pylist([row_of(row) for row in range(start, min(n, start + ROWS_AT_A_TIME))])
+        writer = writer or pq.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+    writer.close()
+    return load_dataset("parquet", data_files=str(path), split="train")
+
+
+def pair(row):
+    texts = {"prompt": f"What about {row // 4}?", "chosen": f" Yes, {row}.", "rejected": f" No, {row}."}
+    return {**texts, "score_chosen": 1.0, "score_rejected": 0.5, "judge": "someone"}
+
+
+def ids(n, folder):
+    """A pool of pairs: their ids, checks and digest."""
+    pairs = write_rows(folder / f"pairs-{n}.parquet", n, pair)
+    yield
+    pool = PairPool(identify_pairs(pairs, BPOConfig(output_dir=str(folder / "run"), report_to="none", use_cpu=True, bf16=False)))
+    check_strategy("score_margin_high", pool.pairs)
+    assert len(pool.fingerprint) == 64 and len(pool.pair_ids) == n
+
+
+def depth(n, folder):
+    """A selection from features in a file, saved."""
+    path = folder / f"features-{n}.npy"
+    features = np.lib.format.open_memmap(path, "w+", np.float16, (n, 32))
+    for start in range(0, n, ROWS_AT_A_TIME):
+        features[start : start + ROWS_AT_A_TIME] = np.random.default_rng(start).standard_normal((min(n - start, ROWS_AT_A_TIME), 32))
+    ids_of = {name: lambda row, name=name, of=of: digest(f"{name} {row // of}") for name, of in (("pair_id", 1), ("prompt_id", 4))}
+    pairs = write_rows(folder / f"ids-{n}.parquet", n, lambda row: {name: make(row) for name, make in ids_of.items()})
+    yield
+    pool = PairPool(pairs)
+    selection = DepthSelector(0.25, n_clusters=50, min_pairs_per_prompt=1).select(features, pool.pair_ids, pool.prompt_ids)
+    assert selection.selected.sum() == n // 4
+    save_selection(folder / "selections", 0, selection, pool.pairs, selection.metrics, {}, {})
+
+
+def breadth(n, folder):
+    """Prompts, by an encoder that costs nothing."""
+    prompts = write_rows(folder / f"prompts-{n}.parquet", n, lambda row: {"prompt": f"Question {row // 2 * 2} of {n}"})
+
+    def embed(texts, encoder, batch_size=64):
+        draws = [np.random.default_rng(int(digest(text)[:8], 16)).standard_normal(32) for text in texts]
+        embeddings = np.asarray(draws, dtype=np.float32)
+        return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True), [False] * len(texts)
+
+    from trl_bpo import breadth as module
+
+    module.embed_texts = embed
+    yield
+    selection = BreadthSelector(0.1, embedding.DEFAULT_ENCODER, n_clusters=20).select(prompts)
+    assert len(selection.kept) == selection.prompts_kept == round(0.1 * n / 2)
+    assert sha256_of_ids(selection.by_prompt["prompt_id"])
+    selection.save(folder / "breadth")
+
+
+def main(what, n, folder):
+    disable_progress_bars()
+    stage = globals()[what](n, folder)
+    next(stage)
+    tracemalloc.start()
+    before = pa.total_allocated_bytes()
+    next(stage, None)
+    print(json.dumps({"python": tracemalloc.get_traced_memory()[1], "arrow": pa.total_allocated_bytes() - before}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,50 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""
+Ceilings of memory: what a selection of many rows takes, beside the same selection of few.
+
+Each runs in a process of its own, since a peak never falls. What is measured is the growth a row, over all that a process
+holds. A column of a million ids or prompts as Python objects takes more than a hundred bytes a row by itself.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+SCRIPT = Path(__file__).with_name("memory_script.py")
+
+
+def peak(what, n, folder):
+    command = [sys.executable, str(SCRIPT), what, str(n), str(folder)]
+    environment = {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "PATH": "", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# Bytes a row. The first three are of Python's own allocations, Arrow's are counted beside them.
+@pytest.mark.parametrize(
+    ("what", "few", "many", "ceiling"),
+    [("ids", 50_000, 250_000, 120), ("depth", 50_000, 200_000, 260), ("breadth", 10_000, 40_000, 500)],
+)
+def test_memory_a_row(tmp_path, what, few, many, ceiling):
+    before, after = (peak(what, n, tmp_path) for n in (few, many))
+    growth = (after["python"] - before["python"]) / (many - few)
+    assert growth < ceiling, (before, after)
