@@ -260,7 +260,7 @@ def _flops(
     if by_policy:
         passed = tokens
         if strategy in GRADIENT_STRATEGIES:
-            passed = sum(map(len, trainer._features.responses.input_ids))
+            passed = int(trainer._features.responses.lengths.sum())
         per_token = 4 if strategy in GRADIENT_STRATEGIES else 2
         selection = float(trainer._num_selections * per_token * num_parameters * passed)
     used = int(trainer._seen.sum()) / len(rows) if trainer._pool is not None and not by_policy else 1.0

@@ -51,19 +51,25 @@ def slow_down(seconds):
 
 def main(model_dir, encoder, prompts_file, folder, seconds):
     torch.set_num_threads(1)
+    (Path(folder) / f"pid-{os.environ.get('RANK', 0)}").write_text(str(os.getpid()))
     slow_down(float(seconds))
     # Several shards of few prompts.
     breadth._SHARD_ROWS = 16
+    # As in a script that parses its arguments first. They set up the processes.
+    args = config(folder, gradient_batch_tokens=100, max_steps=1)
     state = PartialState()
+    machines = state.num_processes
     prompts = load_dataset("parquet", data_files=prompts_file, split="train")
     selection = BreadthSelector(0.5, encoder, n_clusters=4).select(prompts)
     collector = BPODataCollector(
-        generator=TransformersGenerator(model_dir, batch_size=4, max_new_tokens=4, seed=0), judge=longest, num_responses=2
+        generator=TransformersGenerator(model_dir, batch_size=4, max_new_tokens=4, seed=0),
+        judge=longest,
+        num_responses=2,
     )
     collected = collector.score(collector.generate(selection.kept))
     trainer = BPOTrainer(
         model_dir,
-        args=config(folder, gradient_batch_tokens=100, max_steps=1),
+        args=args,
         train_dataset=pairs(12, 3),
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
@@ -71,8 +77,10 @@ def main(model_dir, encoder, prompts_file, folder, seconds):
     trainer.train()
     depth = trainer.selection
     result = {
-        "machines": state.num_processes,
-        "breadth": {name: selection.dataset[name][:] for name in ("prompt_id", "breadth_distance", "breadth_selected")},
+        "machines": machines,
+        "breadth": {
+            name: selection.dataset[name][:] for name in ("prompt_id", "breadth_distance", "breadth_selected")
+        },
         "by_prompt": selection.by_prompt.to_pydict(),
         "collected": collected.to_dict(),
         "depth": {"selected": depth.selected.tolist(), "distances": depth.distances.tolist()},

@@ -30,6 +30,7 @@ from trl_bpo import BreadthSelector, DepthSelector, embedding
 from trl_bpo.bpo_config import BPOConfig
 from trl_bpo.manifest import sha256_of_ids
 from trl_bpo.pool import PairPool, identify_pairs
+from trl_bpo.responses import length_batches, unique_responses
 from trl_bpo.selection_state import save_selection
 from trl_bpo.strategies import check_strategy
 
@@ -61,9 +62,25 @@ def ids(n, folder):
     """A pool of pairs: their ids, checks and digest."""
     pairs = write_rows(folder / f"pairs-{n}.parquet", n, pair)
     yield
-    pool = PairPool(identify_pairs(pairs, BPOConfig(output_dir=str(folder / "run"), report_to="none", use_cpu=True, bf16=False)))
+    pool = PairPool(
+        identify_pairs(pairs, BPOConfig(output_dir=str(folder / "run"), report_to="none", use_cpu=True, bf16=False))
+    )
     check_strategy("score_margin_high", pool.pairs)
     assert len(pool.fingerprint) == 64 and len(pool.pair_ids) == n
+
+
+def responses(n, folder):
+    """Responses of 40 to 59 tokens each, and their batches."""
+
+    def tokenized(row):
+        ids = np.random.default_rng(row).integers(300, 40_000, 100).tolist()
+        return {"prompt_ids": ids[:20], "chosen_ids": ids[20 : 40 + row % 20], "rejected_ids": ids[60 : 80 + row // 20 % 20]}
+
+    pairs = write_rows(folder / f"tokens-{n}.parquet", n, tokenized)
+    yield
+    found = unique_responses(pairs, max_length=100)
+    assert len(found.input_ids) == 2 * n and found.lengths.sum() > 80 * n
+    assert sum(map(len, length_batches(found.input_ids, 4096, found.lengths))) == 2 * n
 
 
 def depth(n, folder):
@@ -71,12 +88,19 @@ def depth(n, folder):
     path = folder / f"features-{n}.npy"
     features = np.lib.format.open_memmap(path, "w+", np.float16, (n, 32))
     for start in range(0, n, ROWS_AT_A_TIME):
-        features[start : start + ROWS_AT_A_TIME] = np.random.default_rng(start).standard_normal((min(n - start, ROWS_AT_A_TIME), 32))
-    ids_of = {name: lambda row, name=name, of=of: digest(f"{name} {row // of}") for name, of in (("pair_id", 1), ("prompt_id", 4))}
+        features[start : start + ROWS_AT_A_TIME] = np.random.default_rng(start).standard_normal(
+            (min(n - start, ROWS_AT_A_TIME), 32)
+        )
+    ids_of = {
+        name: lambda row, name=name, of=of: digest(f"{name} {row // of}")
+        for name, of in (("pair_id", 1), ("prompt_id", 4))
+    }
     pairs = write_rows(folder / f"ids-{n}.parquet", n, lambda row: {name: make(row) for name, make in ids_of.items()})
     yield
     pool = PairPool(pairs)
-    selection = DepthSelector(0.25, n_clusters=50, min_pairs_per_prompt=1).select(features, pool.pair_ids, pool.prompt_ids)
+    selection = DepthSelector(0.25, n_clusters=50, min_pairs_per_prompt=1).select(
+        features, pool.pair_ids, pool.prompt_ids
+    )
     assert selection.selected.sum() == n // 4
     save_selection(folder / "selections", 0, selection, pool.pairs, selection.metrics, {}, {})
 
@@ -107,7 +131,8 @@ def main(what, n, folder):
     tracemalloc.start()
     before = pa.total_allocated_bytes()
     next(stage, None)
-    print(json.dumps({"python": tracemalloc.get_traced_memory()[1], "arrow": pa.total_allocated_bytes() - before}))
+    peak = {"python": tracemalloc.get_traced_memory()[1], "arrow": pa.total_allocated_bytes() - before}
+    (folder / "peak.json").write_text(json.dumps(peak))
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def test_shared_responses_are_found():
 def test_responses_that_truncation_makes_equal_are_one():
     rows = [{"prompt_ids": [1, 2], "chosen_ids": [3, 4, 5], "rejected_ids": [3, 4, 6]}]
     responses = unique_responses(Dataset.from_list(rows), max_length=4)
-    assert responses.input_ids == [[1, 2, 3, 4]] and responses.chosen == responses.rejected == [0]
+    assert list(responses.input_ids) == [[1, 2, 3, 4]] and responses.chosen == responses.rejected == [0]
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])

@@ -105,7 +105,11 @@ def test_pool_of_all_pairs(args, caplog):
 
 def test_rows_that_are_left(args, caplog):
     dataset = pool(pairs(), args)
-    pair_ids, prompt_ids, source = dataset.pair_ids.to_pylist(), dataset.prompt_ids.to_pylist(), dataset.pairs.to_list()
+    pair_ids, prompt_ids, source = (
+        dataset.pair_ids.to_pylist(),
+        dataset.prompt_ids.to_pylist(),
+        dataset.pairs.to_list(),
+    )
     rows = [0, 1, 4, 5, 9, 17]
     left = dataset.numbered_pairs.filter(lambda _, row: row in rows, with_indices=True)
     assert "chosen" in left.column_names

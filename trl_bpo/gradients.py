@@ -27,6 +27,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
@@ -165,7 +166,7 @@ def gradient_pass(
     projection: SparseProjection,
     write: Write,
     *,
-    tokens: Sequence[int],
+    tokens: np.ndarray,
     n_own: int | None = None,
     weigh: Weigh | None = None,
     layers: Sequence[int] | None = None,
@@ -197,7 +198,7 @@ def gradient_pass(
             Called with the rows of each batch, their features of shape `(n, dim)` (float32, or float64 of a model in
             float64) on the CPU, the log-probabilities of the completion tokens, one tensor a response, and in the same
             form `log(sum p^2)`, or `None` where it is not asked for.
-        tokens (`Sequence[int]`):
+        tokens (`np.ndarray` of shape `(n,)`, int64):
             Tokens of each row, for the progress bar and the estimate.
         n_own (`int`, *optional*):
             Number of batches to write. Those behind are run only, for the sake of other processes. If `None`, all.
@@ -285,7 +286,7 @@ def _run_batches(
     write: Callable[..., None],
     batches: list[list[int]],
     n_own: int,
-    tokens: Sequence[int],
+    tokens: np.ndarray,
     desc: str,
     lockstep: bool,
     disable_tqdm: bool,
@@ -319,7 +320,7 @@ def log_prob_pass(
     collate: Callable[[list[int]], ResponseBatch],
     write: Callable[[list[int], Pieces, Pieces | None], None],
     *,
-    tokens: Sequence[int],
+    tokens: np.ndarray,
     n_own: int | None = None,
     with_sum_sq_probs: bool = False,
     lockstep: bool = False,
@@ -351,7 +352,7 @@ def log_prob_pass(
 
 
 def _halve(
-    rows: list[int], waiting: deque[list[int]], n_left: int, tokens: Sequence[int], lockstep: bool, error: Exception
+    rows: list[int], waiting: deque[list[int]], n_left: int, tokens: np.ndarray, lockstep: bool, error: Exception
 ) -> tuple[deque[list[int]], int]:
     if len(rows) == 1 or lockstep:
         what = "batch" if lockstep else "response or pair"
@@ -379,7 +380,7 @@ def _log_memory(
     collate: Callable[[list[int]], ResponseBatch],
     projection: SparseProjection,
     modules: dict[str, nn.Linear],
-    tokens: Sequence[int],
+    tokens: np.ndarray,
     fused_lm_head: bool,
     lockstep: bool,
 ) -> None:
@@ -454,20 +455,33 @@ def response_gradients(
 
     gradient_pass(
         model,
-        length_batches(responses.input_ids, batch_tokens),
+        length_batches(responses.input_ids, batch_tokens, responses.lengths),
         lambda rows: one_a_row(responses, rows, pad_token_id),
         projection,
         write,
-        tokens=[len(ids) for ids in responses.input_ids],
+        tokens=responses.lengths,
         layers=layers,
         disable_tqdm=disable_tqdm,
     )
     return features, logps
 
 
+class _PairKeys(Sequence[list[int]]):
+    # Ids of both responses of a pair, made as they are asked for.
+    def __init__(self, responses: PairResponses) -> None:
+        self._responses = responses
+
+    def __len__(self) -> int:
+        return len(self._responses.chosen)
+
+    def __getitem__(self, pair: Any) -> Any:
+        ids = self._responses.input_ids
+        return ids[self._responses.chosen[pair]] + ids[self._responses.rejected[pair]]
+
+
 def pair_batches(
     responses: PairResponses, batch_tokens: int, pad_token_id: int, packed: bool
-) -> tuple[list[list[int]], Callable[[list[int]], ResponseBatch], list[int]]:
+) -> tuple[list[list[int]], Callable[[list[int]], ResponseBatch], np.ndarray]:
     """
     Batches of pairs whose two responses go through the model together.
 
@@ -482,22 +496,21 @@ def pair_batches(
             Whether both responses of a pair share a row and one copy of the prompt, see [`can_pack`].
 
     Returns:
-        `tuple[list[list[int]], Callable[[list[int]], ResponseBatch], list[int]]`: For [`gradient_pass`]: the pairs of
+        `tuple[list[list[int]], Callable[[list[int]], ResponseBatch], np.ndarray]`: For [`gradient_pass`]: the pairs of
         each batch, what makes the input of the model from them, and the tokens of each pair.
     """
-    pairs = list(zip(responses.chosen.tolist(), responses.rejected.tolist(), strict=True))
-    ids = responses.input_ids
-    keys = [ids[chosen] + ids[rejected] for chosen, rejected in pairs]
+    pairs = np.stack([responses.chosen, responses.rejected], axis=1)
+    keys = _PairKeys(responses)
     if packed:
-        lengths = [packed_length(responses, pair) for pair in range(len(pairs))]
+        lengths = np.fromiter((packed_length(responses, pair) for pair in range(len(pairs))), np.int64)
         batches = length_batches(keys, batch_tokens, lengths)
         return batches, lambda rows: one_pair_a_row(responses, rows, pad_token_id), lengths
-    lengths = [2 * max(len(ids[chosen]), len(ids[rejected])) for chosen, rejected in pairs]
-    batches = length_batches(keys, batch_tokens, lengths)
+    lengths = responses.lengths[pairs]
+    batches = length_batches(keys, batch_tokens, 2 * lengths.max(axis=1))
     return (
         batches,
-        lambda rows: one_a_row(responses, [index for row in rows for index in pairs[row]], pad_token_id),
-        [len(key) for key in keys],
+        lambda rows: one_a_row(responses, pairs[rows].ravel().tolist(), pad_token_id),
+        lengths.sum(axis=1),
     )
 
 

@@ -78,8 +78,8 @@ def _packing_pays(trainer: DPOTrainer, responses: PairResponses, both: bool) -> 
     embeddings = model.get_input_embeddings().weight
     weights -= getattr(embeddings, "ds_numel", embeddings.numel())
     attention = config.num_hidden_layers * config.hidden_size
-    rows = np.concatenate([responses.chosen, responses.rejected]) if both else range(len(responses.input_ids))
-    alone = sum(n * weights + n * n * attention for n in (len(responses.input_ids[index]) for index in rows))
+    rows = np.concatenate([responses.chosen, responses.rejected]) if both else slice(None)
+    alone = sum(n * weights + n * n * attention for n in responses.lengths[rows].tolist())
     lengths = (packed_length(responses, pair) for pair in range(len(responses.chosen)))
     return sum(n * weights + 2 * n * n * attention for n in lengths) < alone
 
@@ -350,7 +350,7 @@ class PairFeatures:
     def _response_pass(self, store: FeatureStore, projection: SparseProjection, options: dict[str, Any]) -> None:
         responses, args = self.responses, self.trainer.args
         pad_token_id = self.trainer._tokenizer.pad_token_id
-        batches = length_batches(responses.input_ids, args.gradient_batch_tokens)
+        batches = length_batches(responses.input_ids, args.gradient_batch_tokens, responses.lengths)
         if args.depth_feature == "chosen":
             needed = np.zeros(len(responses.input_ids), dtype=bool)
             needed[responses.chosen] = True
@@ -373,7 +373,7 @@ class PairFeatures:
             lambda rows: one_a_row(responses, rows, pad_token_id),
             options,
             write=write,
-            tokens=[len(ids) for ids in responses.input_ids],
+            tokens=responses.lengths,
         )
 
     def _pair_pass(
@@ -431,7 +431,7 @@ class PairFeatures:
         if by_pair:
             batches, _, _ = pair_batches(self.responses, args.gradient_batch_tokens, pad_token_id, packed=False)
         else:
-            batches = length_batches(self.responses.input_ids, args.gradient_batch_tokens)
+            batches = length_batches(self.responses.input_ids, args.gradient_batch_tokens, self.responses.lengths)
         model = trainer.ref_model or trainer.accelerator.unwrap_model(trainer.model)
         # Of the policy, the adapter that is trained is no part of its reference. A model of its own is all reference.
         whole = trainer.ref_model is not None

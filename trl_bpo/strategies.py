@@ -175,7 +175,7 @@ def measure_by_data(trainer: Any) -> Rows:
         return EmbeddingRows([read_column(embedded, "_embedding")])
     if strategy == "longest":
         responses = trainer._features.responses
-        lengths = np.asarray([len(ids) for ids in responses.input_ids]) - np.asarray(responses.starts)
+        lengths = responses.lengths - responses.starts
         return lengths[responses.chosen].astype(np.float64)
     if strategy == "random":
         # The draw 0 is that of the steps before the first selection.

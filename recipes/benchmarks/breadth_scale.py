@@ -48,6 +48,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -144,13 +145,16 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
         for name in methods:
             labels_path = folder / f"{name}.npy"
             python = sys.executable if name == "trl_bpo" else args.peer_python
-            run = run_apart(python, [name, str(path), str(args.rows), str(args.clusters), str(repeat), str(labels_path)])
+            run = run_apart(
+                python, [name, str(path), str(args.rows), str(args.clusters), str(repeat), str(labels_path)]
+            )
             run["inertia"] = inertia_of(rows, np.load(labels_path))
             runs[name].append(run)
-            print(f"{name:<14} {run['seconds']:7.1f} s {run['peak_gb']:6.2f} GB  inertia {run['inertia']:.6g}", flush=True)
-    summary = {
-        name: {key: statistics.median(run[key] for run in own) for key in own[0]} for name, own in runs.items()
-    }
+            print(
+                f"{name:<14} {run['seconds']:7.1f} s {run['peak_gb']:6.2f} GB  inertia {run['inertia']:.6g}",
+                flush=True,
+            )
+    summary = {name: {key: statistics.median(run[key] for run in own) for key in own[0]} for name, own in runs.items()}
     ours = summary["trl_bpo"]
     peers = {name: one for name, one in summary.items() if name != "trl_bpo"}
     best = min(one["inertia"] for one in summary.values())
@@ -200,7 +204,7 @@ def select_prompts(args: argparse.Namespace) -> dict:
     dataset = dataset.select_columns("prompt")
     in_encoder, encode = [], SentenceTransformer.encode
 
-    def timed(*arguments, **options):
+    def timed(*arguments: Any, **options: Any) -> Any:
         started = time.perf_counter()
         embeddings = encode(*arguments, **options)
         in_encoder.append(time.perf_counter() - started)
@@ -219,7 +223,12 @@ def select_prompts(args: argparse.Namespace) -> dict:
         f"{selection.prompts} distinct prompts: {seconds:.0f} s, of which {sum(in_encoder):.0f} s in the encoder: "
         f"overhead {overhead:.3f}"
     )
-    return {"prompts": selection.prompts, "overhead": overhead, "seconds": seconds, "seconds_in_encoder": sum(in_encoder)}
+    return {
+        "prompts": selection.prompts,
+        "overhead": overhead,
+        "seconds": seconds,
+        "seconds_in_encoder": sum(in_encoder),
+    }
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ PAIRS_AT_A_TIME = 10_000
 PAIRS_PER_PROMPT = 4
 
 
-def open_store(folder: Path, n: int, d: int):
+def open_store(folder: Path, n: int, d: int) -> Any:
     from trl_bpo.feature_store import FeatureStore
 
     return FeatureStore(folder, {"benchmark": "depth_scale"}, n, d, dtype="float16")
@@ -63,11 +64,13 @@ def write_features(folder: Path, n: int, d: int) -> None:
     store.close()
 
 
-def digests(numbers: np.ndarray):
+def digests(numbers: np.ndarray) -> Any:
     import pyarrow as pa
 
     parts = np.array_split(numbers, max(1, len(numbers) // PAIRS_AT_A_TIME))
-    return pa.chunked_array([[hashlib.sha256(str(one).encode()).hexdigest() for one in part.tolist()] for part in parts])
+    return pa.chunked_array(
+        [[hashlib.sha256(str(one).encode()).hexdigest() for one in part.tolist()] for part in parts]
+    )
 
 
 def run_worker(folder: str, n_stored: int, d: int, n: int, n_clusters: int) -> None:
@@ -82,12 +85,14 @@ def run_worker(folder: str, n_stored: int, d: int, n: int, n_clusters: int) -> N
     started = time.perf_counter()
     selection = DepthSelector(0.25, n_clusters=n_clusters or None).select(features, pair_ids, prompt_ids)
     seconds = time.perf_counter() - started
-    assert selection.selected.sum() == round(0.25 * n) and selection.metrics["zero_gradients"] == len(range(0, n, 1000))
+    assert selection.selected.sum() == round(0.25 * n) and selection.metrics["zero_gradients"] == len(
+        range(0, n, 1000)
+    )
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(json.dumps({"seconds": seconds, "peak_gb": peak_gb, "metrics": selection.metrics}))
 
 
-def run_apart(*arguments) -> dict:
+def run_apart(*arguments: Any) -> dict:
     command = [sys.executable, __file__, "--worker", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -104,7 +109,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_features(Path(folder), args.pairs, args.dim)
-        print(f"{args.pairs:,} x {args.dim}: {sum(f.stat().st_size for f in Path(folder).iterdir()) / 1e9:.2f} GB on disk")
+        print(
+            f"{args.pairs:,} x {args.dim}: {sum(f.stat().st_size for f in Path(folder).iterdir()) / 1e9:.2f} GB on disk"
+        )
         whole = run_apart(folder, args.pairs, args.dim, args.pairs, 0)
         print(f"default clusters: {whole['seconds']:.1f} s, {whole['peak_gb']:.2f} GB, {whole['metrics']}", flush=True)
         sizes = [size for size in (10_000, 31_623, 100_000, 316_228, 1_000_000) if size <= args.pairs]
