@@ -74,7 +74,11 @@ def responses(n, folder):
 
     def tokenized(row):
         ids = np.random.default_rng(row).integers(300, 40_000, 100).tolist()
-        return {"prompt_ids": ids[:20], "chosen_ids": ids[20 : 40 + row % 20], "rejected_ids": ids[60 : 80 + row // 20 % 20]}
+        return {
+            "prompt_ids": ids[:20],
+            "chosen_ids": ids[20 : 40 + row % 20],
+            "rejected_ids": ids[60 : 80 + row // 20 % 20],
+        }
 
     pairs = write_rows(folder / f"tokens-{n}.parquet", n, tokenized)
     yield

@@ -240,3 +240,31 @@ def test_one_prompt_has_a_place_on_the_map(encoder, tmp_path):
     selection = BreadthSelector(1.0, encoder).select(prompts("only one"))
     selection.save(tmp_path / "_breadth")
     assert selection.by_prompt.select(["x", "y"]).to_pydict() == {"x": [0.0], "y": [0.0]}
+
+
+def test_near_duplicates_do_not_take_part(encoder):
+    near = [question.replace("how do I", "how can I") for question in QUESTIONS[:6]]
+    dataset = prompts(*QUESTIONS, *near)
+    selection = BreadthSelector(0.4, encoder, n_clusters=3, near_duplicate_threshold=0.95).select(dataset)
+    rows = selection.dataset.to_list()
+    assert selection.prompts == 21 and selection.near_duplicates == 6 and selection.duplicates == 0
+    # The budget is that of those that are left.
+    assert selection.prompts_kept == len(selection.kept) == budget(0.4, 15)
+    for question, other in zip(rows[:6], rows[15:], strict=True):
+        first, second = sorted([question, other], key=lambda row: row["prompt_id"])
+        assert second["breadth_dropped"] == "near_duplicate" and first["breadth_dropped"] != "near_duplicate"
+        assert [first[name] == second[name] for name in ("breadth_cluster", "breadth_distance", "breadth_rank")] == [
+            True
+        ] * 3
+    # As if they had never been there.
+    alone = BreadthSelector(0.4, encoder, n_clusters=3).select(
+        prompts(*(row["prompt"] for row in rows if row["breadth_dropped"] != "near_duplicate"))
+    )
+    assert set(alone.kept["prompt_id"]) == set(selection.kept["prompt_id"])
+
+
+def test_spherical_clusters(encoder):
+    selection = BreadthSelector(0.4, encoder, n_clusters=3, metric="cosine").select(prompts(*QUESTIONS))
+    assert adjusted_rand_score([row // 5 for row in range(15)], selection.dataset["breadth_cluster"]) > 0.6
+    with pytest.raises(ValueError, match="`metric` must be one of"):
+        BreadthSelector(0.4, encoder, metric="manhattan")

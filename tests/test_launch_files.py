@@ -77,7 +77,12 @@ def test_slurm(tmp_path):
     for name, body in stand_ins.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_JOB_NODELIST": "node-[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "123456", "SLURM_GPUS_ON_NODE": "4"}
+    slurm = {
+        "SLURM_JOB_NODELIST": "node-[7-8]",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
     command = ["bash", str(ROOT / "recipes" / "launch.slurm"), "--config", "a b.yaml", "--output_dir", "/shared/run"]
     environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

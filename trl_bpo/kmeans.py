@@ -81,6 +81,17 @@ class RowsOf:
         return part if self.norms is None else part / self.norms[indices, None].astype(part.dtype)
 
 
+class _Shifted:
+    # Distances are worked out from inner products, which lose their digits where all rows lie far from the origin.
+    def __init__(self, rows: Rows, shift: np.ndarray) -> None:
+        self.rows = rows
+        self.shift = shift
+        self.shape = rows.shape
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.rows[index].astype(np.float32) - self.shift
+
+
 @dataclass(frozen=True)
 class KMeansFit:
     """
@@ -246,6 +257,10 @@ def fit_kmeans(
     for start in range(0, n_training, _ROWS_A_BLOCK["cpu"]):
         places = in_file[start : start + _ROWS_A_BLOCK["cpu"]]
         sample[places] = rows[wanted[places]]
+    if not spherical:
+        shift = sample.mean(axis=0, dtype=np.float64).astype(np.float32)
+        sample -= shift
+        rows = _Shifted(rows, shift)
     lloyd = _Lloyd(n, float(np.abs(sample).max()), device, spherical)
     sizes = [min(n_training, size * n_training // _STAGES[-1]) for size in _STAGES]
     sizes = [size for size in sizes if size >= 4 * n_clusters] or [n_training]
