@@ -187,7 +187,10 @@ class BPOScriptArguments(ScriptArguments):
         metadata={"help": "What samples the responses.", "choices": ["transformers", "openai"]},
     )
     generator_base_url: str | None = field(
-        default=None, metadata={"help": "Address of the server that serves the policy, for `generator=openai`."}
+        default=None,
+        metadata={
+            "help": "Address of the server that serves the policy, for `generator=openai`, or several with commas."
+        },
     )
     generator_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Further arguments of the generator, as JSON."}
@@ -204,7 +207,9 @@ class BPOScriptArguments(ScriptArguments):
     judge_model: str | None = field(
         default=None, metadata={"help": "Name of the judge at the API, or id or path of the reward model."}
     )
-    judge_base_url: str | None = field(default=None, metadata={"help": "Address of the OpenAI-compatible API."})
+    judge_base_url: str | None = field(
+        default=None, metadata={"help": "Address of the OpenAI-compatible API, or several with commas between them."}
+    )
     judge_prompt_file: str | None = field(
         default=None, metadata={"help": "File with another prompt template for the judge."}
     )
@@ -249,6 +254,10 @@ class BPOScriptArguments(ScriptArguments):
             raise ValueError(f"`judge_max_cost` needs a judge over an API, got {self.judge!r}.")
 
 
+def addresses(text: str | None) -> list[str] | None:
+    return None if text is None else [address.strip() for address in text.split(",")]
+
+
 def make_judge(script_args: BPOScriptArguments, dataset: Any, cache_dir: Path) -> Any:
     from trl_bpo import OpenAIJudge, OpenAIPairwiseJudge, RewardModelJudge, VerifiableJudge
 
@@ -269,7 +278,7 @@ def make_judge(script_args: BPOScriptArguments, dataset: Any, cache_dir: Path) -
     if script_args.judge_prompt_file is not None:
         kwargs["prompt_template"] = Path(script_args.judge_prompt_file).read_text(encoding="utf-8")
     options = {
-        "base_url": script_args.judge_base_url,
+        "base_url": addresses(script_args.judge_base_url),
         "max_concurrency": script_args.judge_concurrency,
         "max_cost": script_args.judge_max_cost,
         "cache_dir": str(cache_dir),
@@ -449,7 +458,7 @@ def main(script_args: BPOScriptArguments, training_args: Any, model_args: Any) -
         if script_args.generator == "openai":
             served = options.pop("model", model_name)
             collector.generator = OpenAIGenerator(
-                served, base_url=script_args.generator_base_url, **{**sampling, **options}
+                served, base_url=addresses(script_args.generator_base_url), **{**sampling, **options}
             )
         else:
             collector.generator = make_generator(model_name, **options)

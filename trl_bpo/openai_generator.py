@@ -52,8 +52,8 @@ class OpenAIGenerator:
     Args:
         model (`str`):
             Name of the model, as the server knows it.
-        base_url (`str`, *optional*):
-            Address of the server, such as `"http://localhost:8000/v1"`. By default, the environment variable
+        base_url (`str` or `list[str]`, *optional*):
+            Address of the server, or of several that share the requests, such as `"http://localhost:8000/v1"`. By default, the environment variable
             `OPENAI_BASE_URL` or else OpenAI's own API.
         api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
             Environment variable that holds the key. Give a server of your own another one, or it gets to see the key for
@@ -106,7 +106,7 @@ class OpenAIGenerator:
         self,
         model: str,
         *,
-        base_url: str | None = None,
+        base_url: str | list[str] | None = None,
         api_key_variable: str = "OPENAI_API_KEY",
         max_new_tokens: int = 512,
         temperature: float = 1.0,

@@ -42,8 +42,8 @@ class OpenAIPairwiseJudge(APIJudge):
     Args:
         model (`str`):
             Name of the judging model, as the server knows it.
-        base_url (`str`, *optional*):
-            Address of the server.
+        base_url (`str` or `list[str]`, *optional*):
+            Address of the server, or of several that share the requests.
         api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
             Environment variable that holds the key.
         prompt_template (`str`, *optional*):
@@ -90,7 +90,7 @@ class OpenAIPairwiseJudge(APIJudge):
         self,
         model: str,
         *,
-        base_url: str | None = None,
+        base_url: str | list[str] | None = None,
         api_key_variable: str = "OPENAI_API_KEY",
         prompt_template: str | None = None,
         num_reasks: int = 1,

@@ -219,13 +219,15 @@ def _open_jobs(client: APIClient) -> Iterator["_Jobs"]:
     folder = client.store.cache_dir
     if folder is None:
         raise ValueError("The Batch API needs a `cache_dir`, in which the ids of its jobs are kept. Set it.")
+    if len(client.base_urls) > 1:
+        raise ValueError("The Batch API takes one `base_url`: its jobs are at one server. Give that address alone.")
     folder.mkdir(parents=True, exist_ok=True)
     # Without the lock, what one process is about to hand in would look to another as if it had been forgotten.
     with (
         FileLock(folder / "batches.lock"),
         OpenAI(
             api_key=api_key(client.api_key_variable),
-            base_url=client.base_url,
+            base_url=client.base_urls[0],
             timeout=client.timeout,
             max_retries=client.max_retries,
         ) as openai_client,

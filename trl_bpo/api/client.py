@@ -65,9 +65,11 @@ class APIClient:
     Args:
         model (`str`):
             Name of the model, as the server knows it.
-        base_url (`str`, *optional*):
+        base_url (`str` or `list[str]`, *optional*):
             Address of the server, such as `"http://localhost:8000/v1"`. By default, the environment variable
-            `OPENAI_BASE_URL` or else OpenAI's own API.
+            `OPENAI_BASE_URL` or else OpenAI's own API. Of several servers of the same model, each request goes to the one
+            with the fewest under way; one that fails three times in a row is left alone for some seconds, twice as many
+            each time. Answers are kept by what was asked, so other addresses may serve the rest of a run.
         api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
             Environment variable that holds the key. Give a server of your own another one, or it gets to see the key for
             the hosted API.
@@ -99,7 +101,7 @@ class APIClient:
         self,
         model: str,
         *,
-        base_url: str | None = None,
+        base_url: str | list[str] | None = None,
         api_key_variable: str = "OPENAI_API_KEY",
         max_concurrency: int = 8,
         timeout: float = 120.0,
@@ -117,12 +119,16 @@ class APIClient:
                 "`pip install 'trl_bpo[openai]'`."
             ) from error
         api_key(api_key_variable)
-        address = os.environ.get("OPENAI_BASE_URL") if base_url is None else base_url
-        if address is not None and not re.match(r"https?://[^/\s]", address, re.IGNORECASE):
-            raise ValueError(
-                "`base_url`, or the environment variable `OPENAI_BASE_URL`, is not the address of a server. Write it "
-                "with `http://` or `https://` and the host, as in `http://localhost:8000/v1`."
-            )
+        addresses = base_url if isinstance(base_url, list) else [base_url]
+        if not addresses:
+            raise ValueError("`base_url` is an empty list. Give the address of one server at least.")
+        for given in addresses:
+            address = os.environ.get("OPENAI_BASE_URL") if given is None else given
+            if address is not None and not re.match(r"https?://[^/\s]", address, re.IGNORECASE):
+                raise ValueError(
+                    "`base_url`, or the environment variable `OPENAI_BASE_URL`, is not the address of a server. Write it "
+                    "with `http://` or `https://` and the host, as in `http://localhost:8000/v1`."
+                )
         if max_concurrency < 1:
             raise ValueError(f"`max_concurrency` must be at least 1, got {max_concurrency}.")
         if max_retries < 0 or not timeout > 0:
@@ -138,7 +144,7 @@ class APIClient:
                 f'`{{"{model}": {{"input_cost_per_token": 1e-6, "output_cost_per_token": 4e-6}}}}`.'
             )
         self.model = model
-        self.base_url = base_url
+        self.base_urls = addresses
         self.api_key_variable = api_key_variable
         self.max_concurrency = max_concurrency
         self.timeout = timeout

@@ -16,6 +16,7 @@
 
 import asyncio
 import json
+import logging
 import random
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
@@ -30,13 +31,14 @@ from .answers import NotACompletion, attempt_key, read_answer, why_unusable, wor
 from .costs import dollars
 from .errors import CollectionStopped, Outcome, api_key
 from .records import APIRequest, CostEstimate
+from .servers import Server, choose_server
 
 
 if TYPE_CHECKING:
-    import openai
-
     from .client import APIClient
 
+
+logger = logging.getLogger(__name__)
 
 # Seconds. Who has to wait for longer is better off with a run that ends and is started again.
 _LONGEST_COOL_DOWN = 3600.0
@@ -73,6 +75,7 @@ class Run:
         self.num_reasks = num_reasks
         self.desc = desc
         self.estimate = estimate
+        self.servers = [Server(address) for address in client.base_urls]
         self.concurrency = max(1, client.max_concurrency // processes)
         self.max_cost = None if client.max_cost is None else client.max_cost / processes
         self.sent = self.reasked = self.cool_downs = self.prompt_tokens = self.completion_tokens = 0
@@ -119,7 +122,7 @@ class Run:
 
         workers = min(self.concurrency, self.estimate.requests)
         # The connection pool goes through all of its connections for every request, so several small ones take less.
-        pools = -(-workers // _CONNECTIONS_PER_POOL)
+        pools = -(-workers // (_CONNECTIONS_PER_POOL * len(self.servers)))
         # The number of workers is the limit. One of the pool's own would let them wait for connections that time-outs have
         # left to be closed, and their own time runs meanwhile.
         limits = type(DEFAULT_CONNECTION_LIMITS)(max_connections=None, max_keepalive_connections=_CONNECTIONS_PER_POOL)
@@ -128,26 +131,27 @@ class Run:
             total=self.estimate.requests, desc=self.desc, disable=not PartialState().is_main_process
         ) as self._progress:
             async with AsyncExitStack() as stack:
-                clients = [
-                    await stack.enter_async_context(
-                        AsyncOpenAI(
-                            api_key=api_key(self.client.api_key_variable),
-                            base_url=self.client.base_url,
-                            max_retries=0,
-                            http_client=DefaultAsyncHttpxClient(limits=limits, timeout=self.client.timeout),
-                            timeout=self.client.timeout,
+                for server in self.servers:
+                    server.clients = [
+                        await stack.enter_async_context(
+                            AsyncOpenAI(
+                                api_key=api_key(self.client.api_key_variable),
+                                base_url=server.address,
+                                max_retries=0,
+                                http_client=DefaultAsyncHttpxClient(limits=limits, timeout=self.client.timeout),
+                                timeout=self.client.timeout,
+                            )
                         )
-                    )
-                    for _ in range(pools)
-                ]
+                        for _ in range(pools)
+                    ]
                 async with asyncio.TaskGroup() as group:
                     for worker in range(workers):
-                        group.create_task(self._work_off(iterator, clients[worker % pools], worker * _START_APART))
+                        group.create_task(self._work_off(iterator, worker, worker * _START_APART))
+        if len(self.servers) > 1:
+            logger.info("Servers: %s.", ", ".join(map(str, self.servers)))
         return self._stop
 
-    async def _work_off(
-        self, requests: Iterator[APIRequest], openai_client: "openai.AsyncOpenAI", delay: float
-    ) -> None:
+    async def _work_off(self, requests: Iterator[APIRequest], worker: int, delay: float) -> None:
         # What is sent at once is answered at once, and would wait for each other in every round.
         await asyncio.sleep(delay)
         for request in requests:
@@ -157,7 +161,7 @@ class Run:
             if request.key not in self._under_way and request.key not in self.failures:
                 self._under_way.add(request.key)
                 try:
-                    await self._answer(request, openai_client)
+                    await self._answer(request, worker)
                 except Exception as error:
                     # Such as a full disk. What is under way still lands, as far as it can.
                     self._stop = self._stop or error
@@ -168,13 +172,13 @@ class Run:
             # Answers from the store come without a wait, so others would not get a turn.
             await asyncio.sleep(0)
 
-    async def _answer(self, request: APIRequest, openai_client: "openai.AsyncOpenAI") -> None:
+    async def _answer(self, request: APIRequest, worker: int) -> None:
         is_new = False
         for attempt in range(self.num_reasks + 1):
             key = attempt_key(request.key, attempt)
             answer = self.client.store.get(key)
             if answer is None:
-                answer = await self._request(request, openai_client)
+                answer = await self._request(request, worker)
                 if answer is None:
                     return
                 # From here on it is on disk, and counts.
@@ -208,7 +212,7 @@ class Run:
         self.cost += cost
         return cost
 
-    async def _request(self, request: APIRequest, openai_client: "openai.AsyncOpenAI") -> dict | None:
+    async def _request(self, request: APIRequest, worker: int) -> dict | None:
         """Give the answer, or `None` if there is none to be had or everything stops."""
         failures = 0
         while True:
@@ -224,7 +228,7 @@ class Run:
             sent_at = time.monotonic()
             format_index = self.client.format_index
             try:
-                answer = await self._send(request, openai_client, format_index)
+                answer = await self._send(request, worker, format_index)
             except NotACompletion as error:
                 # A page is a wrong address at the start, and later a glitch of something before the server.
                 is_page = error.args == ("page",)
@@ -260,12 +264,12 @@ class Run:
                 self._fail(request, outcome)
                 return None
 
-    async def _send(self, request: APIRequest, openai_client: "openai.AsyncOpenAI", format_index: int) -> dict:
+    async def _send(self, request: APIRequest, worker: int, format_index: int) -> dict:
         response_format = self.client.formats[format_index]
         body = self.client.body(request, format_index)
         # As plain data: servers differ in what they leave out, and building the client's objects takes longer than the
         # rest of a request.
-        data = await openai_client.post(self.path, cast_to=object, body=body)
+        data = await choose_server(self.servers).post(worker, self.path, body)
         if isinstance(data, str):
             # Some servers forget to say that it is JSON. A page for people is none.
             try:
