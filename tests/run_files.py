@@ -57,6 +57,7 @@ def save_breadth(folder, prompts, n_kept):
         prompts=len(prompts),
         prompts_kept=n_kept,
         duplicates=0,
+        near_duplicates=0,
         over_long=0,
         n_clusters=3,
         variance_explained=clustering.variance_explained,

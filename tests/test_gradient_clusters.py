@@ -279,7 +279,7 @@ def test_features_are_those_of_the_product(study, done, tmp_path):
     # One draw of the projection, but for the dimension in which the buckets were drawn.
     product._projection = SparseProjection(256, 42)
     theirs = product._features.compute(product._projection, tmp_path / "wide")[:]
-    assert product._pool.pair_ids == meta["pair_id"][:]
+    assert product._pool.pair_ids.to_pylist() == meta["pair_id"][:]
     theirs, ours = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (study.fold(theirs, 128), ours))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 

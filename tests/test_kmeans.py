@@ -20,7 +20,8 @@ from sklearn.cluster import KMeans
 
 from trl_bpo import clustering, kmeans
 from trl_bpo.clustering import cluster, nearest_to_centre
-from trl_bpo.kmeans import RowsOf, fit_kmeans
+from trl_bpo.kmeans import fit_kmeans
+from trl_bpo.rows import RowsOf
 
 
 def mixture(n=6000, d=16, components=60, seed=0):

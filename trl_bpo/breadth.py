@@ -60,11 +60,11 @@ from .clustering import (
 )
 from .embedding import DEFAULT_ENCODER, EmbeddingRows, embed_texts, require_sentence_transformers
 from .ids import dense_ranks, read_column
-from .kmeans import Rows, RowsOf
 from .manifest import public_name, sha256_of_ids, write_json, write_manifest
 from .near_duplicates import check_near_duplicates, near_duplicates
 from .processes import meanwhile, on_main_process
 from .prompts import EXCERPT_CHARACTERS, prompt_id, render_prompt
+from .rows import Rows, RowsOf
 
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from .ids import Ids, dense_ranks
-from .kmeans import Rows, fit_kmeans
+from .rows import Rows
 
 
 SCOPES = ("per_cluster", "overall")
@@ -169,6 +169,9 @@ def cluster(
     check_n_clusters("n_clusters", n_clusters, n)
     ranks_of_ids = dense_ranks(ids)
     if n > _MAX_ROWS_AT_ONCE or metric == "cosine":
+        # Not above: to explain a selection takes the ranks alone, and no torch.
+        from .kmeans import fit_kmeans
+
         order = np.argsort(ranks_of_ids, kind="stable")
         fit = fit_kmeans(features, order, n_clusters, seed, spherical=metric == "cosine")
         labels, distances, variance_explained = fit.labels, fit.distances, fit.variance_explained

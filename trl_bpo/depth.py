@@ -49,7 +49,7 @@ from .clustering import (
     row_norms,
 )
 from .ids import Ids, dense_ranks, id_at
-from .kmeans import Rows, RowsOf
+from .rows import Rows, RowsOf
 from .rules import RULES, draw_like, draw_scores, k_centre
 
 

@@ -16,19 +16,22 @@
 """Ids of rows, and other columns, without a Python object a row."""
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 # What stands for ids: texts, in Python or in Arrow, or integers that are ordered as the texts are.
 Ids: TypeAlias = Sequence[str] | np.ndarray | pa.Array | pa.ChunkedArray
 
 
-def read_column(dataset: Dataset, name: str) -> pa.ChunkedArray:
+def read_column(dataset: "Dataset", name: str) -> pa.ChunkedArray:
     """
     A column of a dataset. Memory: none where the dataset is on the disk and all of its rows are in their order, else that of
     the column in Arrow.
@@ -45,7 +48,7 @@ def read_column(dataset: Dataset, name: str) -> pa.ChunkedArray:
     return dataset.select_columns([name]).with_format("arrow")[:][name]
 
 
-def id_column(dataset: Dataset, name: str) -> pa.ChunkedArray:
+def id_column(dataset: "Dataset", name: str) -> pa.ChunkedArray:
     """
     A column of ids as text. Memory: about 70 bytes a row for digests of SHA-256.
 

@@ -24,12 +24,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from sklearn.cluster import kmeans_plusplus
 from threadpoolctl import threadpool_limits
+
+from .rows import Rows
 
 
 # Training rows a cluster. With this many the inertia is within half a percent of that of all rows.
@@ -42,43 +44,6 @@ _STAGES = (32, 64, 128, _ROWS_PER_CLUSTER)
 _MAX_ITERATIONS = 25
 _TOLERANCE = 1e-3
 _ROWS_A_BLOCK = {"cpu": 8192, "cuda": 65_536}
-
-
-class Rows(Protocol):
-    """Points of a clustering, in memory or on the disk: an array, a memory-mapped file, or what reads like one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Number of rows and of dimensions."""
-
-    def __getitem__(self, rows: Any) -> np.ndarray:
-        """Rows of a slice or an array of indices."""
-
-
-class RowsOf:
-    """
-    Some rows of others, read as they are needed.
-
-    Args:
-        rows ([`Rows`] of shape `(n, d)`):
-            The others.
-        indices (`np.ndarray` of shape `(m,)`, int64):
-            Which of them.
-        norms (`np.ndarray` of shape `(n,)`, *optional*):
-            What each of the others is divided by.
-    """
-
-    def __init__(self, rows: Rows, indices: np.ndarray, norms: np.ndarray | None = None) -> None:
-        self.rows = rows
-        self.indices = indices
-        self.norms = norms
-        self.shape = (len(indices), rows.shape[1])
-
-    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
-        indices = self.indices[index]
-        part = self.rows[indices]
-        part = part.astype(np.promote_types(part.dtype, np.float32), copy=False)
-        return part if self.norms is None else part / self.norms[indices, None].astype(part.dtype)
 
 
 class _Shifted:

@@ -18,7 +18,7 @@
 import numpy as np
 from tqdm.auto import tqdm
 
-from .kmeans import Rows
+from .rows import Rows
 
 
 _ROWS_A_BLOCK = 1024

@@ -30,10 +30,10 @@ from trl.trainer.utils import get_config_model_id
 from .bpo_config import POLICY_STRATEGIES
 from .depth import DepthSelection
 from .ids import id_column
-from .kmeans import Rows
 from .manifest import public_name, sha256_of_ids, sha256_of_text, write_json, write_manifest
 from .model_fingerprint import model_fingerprint
 from .prompts import EXCERPT_CHARACTERS, render_prompt
+from .rows import Rows
 from .run_folder import step_name
 
 

@@ -48,9 +48,9 @@ from .bpo_config import GRADIENT_STRATEGIES
 from .clustering import rank_in_groups, row_norms
 from .embedding import EmbeddingRows, embed_texts, require_sentence_transformers
 from .ids import dense_ranks, read_column
-from .kmeans import Rows
 from .pool import PairPool
 from .prompts import render_prompt
+from .rows import Rows
 from .rules import draw_scores
 
 

@@ -75,8 +75,8 @@ def digests(numbers: np.ndarray) -> Any:
 
 def run_worker(folder: str, n_stored: int, d: int, n: int, n_clusters: int) -> None:
     from trl_bpo.depth import DepthSelector
-    from trl_bpo.kmeans import RowsOf
     from trl_bpo.pair_features import StoredPairs
+    from trl_bpo.rows import RowsOf
 
     store = open_store(Path(folder), n_stored, d)
     pairs = StoredPairs(store, np.arange(n_stored)[:, None], np.ones((n_stored, 1)))
