@@ -30,27 +30,29 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 
+import numpy as np
+import pyarrow.compute as pc
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset, List, Value
+from datasets import Dataset, Features, List, Value
 
 from .api import APIReport, CollectionStopped, total_report
 from .api.batch import BatchStatus
-from .generation import Generator, Response
-from .judging import Judge, Verdict, judge_responses, one_response_a_row
+from .columns import beside, gathered, write_rows
+from .generation import Generator, iter_responses
+from .judging import Judge, has_text, iter_verdicts, judge_columns
 from .openai_generator import OpenAIGenerator
 from .openai_judge import OpenAIJudge
 from .openai_pairwise_judge import OpenAIPairwiseJudge
 from .pairing import PairReport, build_pairs, pair_indices
-from .processes import on_main_process
+from .processes import meanwhile, on_main_process
 from .prompts import prompt_id
 
 
 logger = logging.getLogger(__name__)
 
-# What the judge does not get as a further column: it has them in another form, or they are not for it to see.
-_NOT_FOR_THE_JUDGE = {"prompt", "responses", "truncated", "prompts", "completions"}
 _PAIR_COLUMNS = [
     "pair_id",
     "chosen",
@@ -109,10 +111,12 @@ class BPODataCollector:
     starts over. A dataset that has been through a stage can be given to [`~BPODataCollector.collect`] to go on from there.
 
     Under `accelerate launch` the processes share the prompts, to generate for as well as to judge, and all end with the
-    same dataset. If one of them stops, all raise its error once they have done their shares. On CPUs, create an `Accelerator` or the training arguments before
-    anything else: nothing but these reads from the launcher that there are several processes. A process that has done its
-    share waits for the others: if their shares can differ by more than the timeout of the process group, raise it
-    (`InitProcessGroupKwargs`).
+    same dataset. If one of them stops, all raise its error once they have done their shares, however much longer one takes
+    than another. On CPUs, create an `Accelerator` or the training arguments before anything else: nothing but these reads
+    from the launcher that there are several processes.
+
+    Prompts, responses and verdicts are read and written in parts, so that memory stays bounded. The columns of a stage are
+    a file in the temporary folder of `datasets` (`TMPDIR`), one a machine, which ends with the process.
 
     Args:
         generator (`Callable`, *optional*):
@@ -192,28 +196,31 @@ class BPODataCollector:
             raise ValueError("`generator` is needed to sample responses. Give one, or a dataset with `responses`.")
         generator = self.generator
 
-        def sample(share: Dataset) -> list[list[Response]]:
-            tools = list(share["tools"]) if "tools" in share.column_names else None
-            return generator(list(share["prompt"]), self.num_responses, tools)
+        tokens = 0
 
+        def sample(share: Dataset) -> Iterator[dict]:
+            nonlocal tokens
+            tools = share["tools"] if "tools" in share.column_names else None
+            for row in iter_responses(generator, share["prompt"], self.num_responses, tools):
+                tokens += sum(response.num_tokens for response in row)
+                yield {
+                    "responses": [response.text for response in row],
+                    "truncated": [response.truncated for response in row],
+                }
+
+        features = Features({"responses": List(Value("string")), "truncated": List(Value("bool"))})
         with self._timed("generate"):
-            sampled, self.report.generation = _share(dataset, sample, generator)
-        counts = sorted({len(row) for row in sampled})
-        if len(sampled) != len(dataset) or counts != [self.num_responses]:
-            raise ValueError(
-                f"The generator must give `num_responses={self.num_responses}` responses for each of {len(dataset)} "
-                f"prompts, but gave {counts} for {len(sampled)}."
-            )
-        flat = [response for row in sampled for response in row]
-        self.report.responses = len(flat)
-        self.report.generated_tokens = sum(response.num_tokens for response in flat)
-        self.report.truncated = sum(response.truncated for response in flat)
+            sampled, self.report.generation = _share(dataset, sample, features, generator)
+        self.report.responses = len(dataset) * self.num_responses
+        self.report.generated_tokens = sum(gather_object([tokens]))
+        self.report.truncated = sum(
+            pc.sum(pc.list_flatten(part["truncated"])).as_py() for part in sampled.with_format("arrow").iter(1000)
+        )
         if self.report.truncated:
-            logger.warning(f"{self.report.truncated} of {len(flat)} responses were cut off at the token limit.")
-        responses = [[response.text for response in row] for row in sampled]
-        truncated = [[response.truncated for response in row] for row in sampled]
-        dataset = dataset.add_column("responses", responses, feature=List(Value("string")))
-        return dataset.add_column("truncated", truncated, feature=List(Value("bool")))
+            logger.warning(
+                f"{self.report.truncated} of {self.report.responses} responses were cut off at the token limit."
+            )
+        return beside(dataset, sampled)
 
     def score(self, dataset: Dataset) -> Dataset:
         """
@@ -236,29 +243,29 @@ class BPODataCollector:
             raise ValueError("`judge` is needed to score responses. Give one, or a dataset with `scores`.")
         judge = self.judge
 
-        def judge_share(share: Dataset) -> list[list[Verdict]]:
-            prompts, responses, columns = _judge_inputs(share)
-            verdicts = judge_responses(judge, prompts, responses, columns)
-            # There is nothing to judge, and nothing is paid for it.
-            return [
-                [next(said) if (text or "").strip() else Verdict(None, "empty response") for text in texts]
-                for said, texts in zip(map(iter, verdicts), share["responses"], strict=True)
-            ]
-
-        with self._timed("score"):
-            rows, self.report.judging = _share(dataset, judge_share, judge)
-        scores = [[verdict.score for verdict in row] for row in rows]
-        self.report.unscored = sum(
-            score is None and bool((text or "").strip())
-            for row, texts in zip(scores, dataset["responses"], strict=True)
-            for score, text in zip(row, texts, strict=True)
-        )
-        raw = [[verdict.raw for verdict in row] for row in rows]
         # Functions have a name, as have our judges; of other callables it is that of their class.
-        name = getattr(self.judge, "__name__", type(self.judge).__name__)
-        dataset = dataset.add_column("scores", scores, feature=List(Value("float64")))
-        dataset = dataset.add_column("verdicts", raw, feature=List(Value("string")))
-        return dataset.add_column("judge", [name] * len(dataset), feature=Value("string"))
+        name = getattr(judge, "__name__", type(judge).__name__)
+        unscored = 0
+
+        def rate(share: Dataset) -> Iterator[dict]:
+            nonlocal unscored
+            for verdicts, texts in zip(iter_verdicts(judge, share), share["responses"], strict=True):
+                unscored += sum(
+                    verdict.score is None and has_text(text) for verdict, text in zip(verdicts, texts, strict=True)
+                )
+                yield {
+                    "scores": [verdict.score for verdict in verdicts],
+                    "verdicts": [verdict.raw for verdict in verdicts],
+                    "judge": name,
+                }
+
+        features = Features(
+            {"scores": List(Value("float64")), "verdicts": List(Value("string")), "judge": Value("string")}
+        )
+        with self._timed("score"):
+            scored, self.report.judging = _share(dataset, rate, features, judge)
+        self.report.unscored = sum(gather_object([unscored]))
+        return beside(dataset, scored)
 
     def score_batch(self, dataset: Dataset) -> BatchStatus:
         """
@@ -286,7 +293,7 @@ class BPODataCollector:
         def hand_in() -> BatchStatus:
             # First what has ended: a job that failed is handed in again.
             collected = judge.collect_batch().collected
-            status = judge.submit_batch(**one_response_a_row(*_judge_inputs(dataset)))
+            status = judge.submit_batch(**judge_columns(dataset))
             return replace(status, collected=collected)
 
         return on_main_process(PartialState(), hand_in)
@@ -353,61 +360,60 @@ class BPODataCollector:
         self.report.seconds[stage] = time.perf_counter() - start
 
 
-def _own_rows(dataset: Dataset, state: PartialState) -> list[int]:
+def _own_rows(dataset: Dataset, state: PartialState) -> np.ndarray:
     """Rows of this process. Those of one prompt stay together, so that it is asked for once, whatever their number."""
+    n = len(dataset)
     if state.num_processes == 1:
-        return list(range(len(dataset)))
-    tools = dataset["tools"] if "tools" in dataset.column_names else [None] * len(dataset)
-    groups: dict[str, list[int]] = {}
-    for row, (prompt, prompt_tools) in enumerate(zip(dataset["prompt"], tools, strict=True)):
-        groups.setdefault(prompt_id(prompt, prompt_tools), []).append(row)
-    own: list[int] = []
-    start = 0
-    for rows in groups.values():
-        if start * state.num_processes // len(dataset) == state.process_index:
-            own.extend(rows)
-        start += len(rows)
-    return own
-
-
-def _judge_inputs(dataset: Dataset) -> tuple[list, list, dict[str, list]]:
-    columns = {name: list(dataset[name]) for name in dataset.column_names if name not in _NOT_FOR_THE_JUDGE}
-    responses = [[text for text in texts if (text or "").strip()] for texts in dataset["responses"]]
-    return list(dataset["prompt"]), responses, columns
+        return np.arange(n)
+    tools = dataset["tools"] if "tools" in dataset.column_names else repeat(None, n)
+    ids = (
+        int(prompt_id(prompt, its_tools)[:16], 16) for prompt, its_tools in zip(dataset["prompt"], tools, strict=True)
+    )
+    _, first_rows, groups = np.unique(np.fromiter(ids, np.uint64, n), return_index=True, return_inverse=True)
+    # Prompts in the order in which they come, and each with its rows.
+    order = np.argsort(first_rows[groups], kind="stable")
+    is_first = np.diff(first_rows[groups][order], prepend=-1) != 0
+    starts = np.flatnonzero(is_first)[np.cumsum(is_first) - 1]
+    return order[starts * state.num_processes // n == state.process_index]
 
 
 def _share(
-    dataset: Dataset, work: Callable[[Dataset], list], asker: Generator | Judge
-) -> tuple[list, APIReport | None]:
+    dataset: Dataset, work: Callable[[Dataset], Iterator[dict]], features: Features, asker: Generator | Judge
+) -> tuple[Dataset, APIReport | None]:
     """Have each process work on its share of the rows. Gives the results of all, in order, and what was asked for them."""
     state = PartialState()
-    results: list = []
+    rows = _own_rows(dataset, state)
     error: Exception | None = None
-    indices = _own_rows(dataset, state)
-    try:
-        if indices:
-            results = work(dataset.select(indices))
-    except Exception as raised:
-        error = raised
+
+    def write() -> Dataset | None:
+        nonlocal error
+        try:
+            return write_rows(work(dataset.select(rows)) if len(rows) else iter(()), features)
+        except Exception as raised:
+            if state.num_processes == 1:
+                raise
+            # A process that stopped alone would leave the others waiting for it.
+            error = raised
+            return None
+
+    own = meanwhile(state, write)
     report = None
-    if indices and isinstance(asker, (OpenAIGenerator, OpenAIJudge, OpenAIPairwiseJudge)):
+    if len(rows) and isinstance(asker, (OpenAIGenerator, OpenAIJudge, OpenAIPairwiseJudge)):
         report = asker.report
-    if state.num_processes > 1:
-        # A process that stopped alone would leave the others waiting for it.
-        kind = next((kind for kind in (CollectionStopped, ValueError) if isinstance(error, kind)), RuntimeError)
-        stops = gather_object([None if error is None else (kind, state.process_index, str(error))])
-        stops = [stop for stop in stops if stop is not None]
-        if stops and error is None:
-            kind, process, message = stops[0]
-            error = kind(f"Process {process} has stopped: {message}")
+    if state.num_processes == 1:
+        assert own is not None
+        return own, report
+    kind = next((kind for kind in (CollectionStopped, ValueError) if isinstance(error, kind)), RuntimeError)
+    stops = gather_object([None if error is None else (kind, state.process_index, str(error))])
+    stops = [stop for stop in stops if stop is not None]
+    if stops and error is None:
+        kind, process, message = stops[0]
+        error = kind(f"Process {process} has stopped: {message}")
     if error is not None:
         raise error
-    if state.num_processes > 1:
-        gathered = dict(gather_object(list(zip(indices, results, strict=True))))
-        results = [gathered[row] for row in range(len(dataset))]
-        reports = [one for one in gather_object([report]) if one is not None]
-        report = total_report(reports) if reports else None
-    return results, report
+    assert own is not None
+    reports = [one for one in gather_object([report]) if one is not None]
+    return gathered(state, own, rows), total_report(reports) if reports else None
 
 
 def _check_dataset(dataset: Dataset, needs: list[str], adds: list[str]) -> None:

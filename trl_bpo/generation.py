@@ -20,8 +20,10 @@ import json
 from collections import abc
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from peft import PeftModel
@@ -37,9 +39,13 @@ from trl.trainer.utils import pad
 
 from .answer_store import AnswerStore, prepare_folder
 from .continuous_batching import check_continuous_batching, generate_continuously
-from .generation_requests import check_request, check_sampling, count_stored, encode_prompt, request_keys
+from .generation_requests import RequestKeys, check_request, check_sampling, count_stored, encode_prompts
 from .model_fingerprint import model_fingerprint
+from .responses import TokenLists
+from .streams import in_blocks, streams
 
+
+_REQUESTS_AT_A_TIME = 65_536
 
 # Answers for the store, a batch at a time: keys and the responses under them.
 Generation = abc.Generator[list[tuple[str, dict]], None, None]
@@ -67,6 +73,10 @@ class Response:
 class Generator(Protocol):
     """
     What samples responses: any callable with this signature, such as [`TransformersGenerator`].
+
+    It is called for 8,192 prompts at a time. What must see all prompts together, as a limit of costs must, or gives the
+    responses back in parts has a method `stream` as well: it takes the same arguments, of which `prompts` and `tools` are
+    read from the disk each time they are gone through, and yields the responses of one prompt after the other.
     """
 
     def __call__(
@@ -89,24 +99,75 @@ class Generator(Protocol):
         ...
 
 
-def stored_responses(store: AnswerStore, keys: list[list[tuple[str, int]]]) -> list[list[Response]]:
+def iter_responses(
+    generator: Generator,
+    prompts: abc.Sequence[str | list[dict]],
+    num_responses: int,
+    tools: abc.Sequence | None = None,
+) -> abc.Iterator[list[Response]]:
+    """
+    Sample responses, in bounded memory.
+
+    Args:
+        generator (`Callable`):
+            What samples, see [`Generator`].
+        prompts (`Sequence[str | list[dict]]`):
+            Prompts in TRL's standard or conversational format, such as a column of a dataset.
+        num_responses (`int`):
+            Number of responses for each prompt.
+        tools (`Sequence`, *optional*):
+            Tool schemas of each prompt.
+
+    Yields:
+        `list[Response]`: `num_responses` responses, prompt after prompt.
+
+    Raises:
+        `ValueError`: If the generator gives another number of responses or of prompts.
+    """
+    if streams(generator):
+        rows = iter(generator.stream(prompts, num_responses, tools))  # type: ignore[attr-defined]
+    else:
+        rows = _called_in_blocks(generator, prompts, num_responses, tools)
+    done = 0
+    for row in rows:
+        if len(row) != num_responses:
+            raise ValueError(
+                f"The generator must give `num_responses={num_responses}` responses a prompt, but gave {len(row)}."
+            )
+        done += 1
+        yield row
+    if done != len(prompts):
+        raise ValueError(f"The generator must give responses for {len(prompts)} prompts, but did for {done}.")
+
+
+def _called_in_blocks(
+    generator: Generator, prompts: abc.Sequence, num_responses: int, tools: abc.Sequence | None
+) -> abc.Iterator[list[Response]]:
+    blocks = in_blocks(prompts)
+    tool_blocks = None if tools is None else in_blocks(tools)
+    for block in blocks:
+        rows = generator(block, num_responses, None if tool_blocks is None else next(tool_blocks))
+        if len(rows) != len(block):
+            raise ValueError(f"The generator must give responses for {len(block)} prompts, but did for {len(rows)}.")
+        yield from rows
+
+
+def stored_responses(store: AnswerStore, keys: RequestKeys) -> abc.Iterator[list[Response]]:
     """
     Responses of each prompt, from the store.
 
     Args:
         store ([`AnswerStore`]):
             The store, which has all of them.
-        keys (`list[list[tuple[str, int]]]`):
-            Result of [`request_keys`].
+        keys ([`RequestKeys`]):
+            Their keys.
 
-    Returns:
-        `list[list[Response]]`: The responses of each prompt, in order.
+    Yields:
+        `list[Response]`: The responses of each prompt, in order.
     """
-    answers = ([store.get(key) for key, _ in row] for row in keys)
-    return [
-        [Response(**response) for answer in row if answer is not None for response in answer["responses"]]
-        for row in answers
-    ]
+    for row in keys:
+        answers = (store.get(key) for key, _ in row)
+        yield [Response(**response) for answer in answers if answer is not None for response in answer["responses"]]
 
 
 class TransformersGenerator:
@@ -225,10 +286,30 @@ class TransformersGenerator:
             `ValueError`: If a prompt is empty or leaves no room for `max_new_tokens` in the model's context, or if
                 several responses are asked for with `temperature=0`.
         """
-        input_ids = [
-            encode_prompt(self.processing_class, prompt, prompt_tools)
-            for prompt, prompt_tools in zip(prompts, tools or [None] * len(prompts), strict=True)
-        ]
+        return list(self.stream(prompts, num_responses, tools))
+
+    def stream(
+        self, prompts: abc.Sequence[str | list[dict]], num_responses: int, tools: abc.Sequence | None = None
+    ) -> abc.Iterator[list[Response]]:
+        """
+        Sample responses for all prompts, then yield them. Memory: four bytes a token of the prompts and 24 bytes a prompt;
+        the responses are in `cache_dir`, or in memory without one.
+
+        Args:
+            prompts (`Sequence[str | list[dict]]`):
+                Prompts, as for a call.
+            num_responses (`int`):
+                Number of responses for each prompt.
+            tools (`Sequence`, *optional*):
+                Tool schemas of each prompt.
+
+        Yields:
+            `list[Response]`: `num_responses` responses, prompt after prompt.
+
+        Raises:
+            `ValueError`: As a call does.
+        """
+        input_ids = encode_prompts(self.processing_class, prompts, tools)
         check_request(
             prompts,
             input_ids,
@@ -240,24 +321,25 @@ class TransformersGenerator:
         )
         per_call = 1 if self.continuous_batching else min(num_responses, self.batch_size)
         parts = [(start, min(per_call, num_responses - start)) for start in range(0, num_responses, per_call)]
-        keys = request_keys(self._settings(), input_ids, parts)
+        keys = RequestKeys(self._settings(), input_ids, parts)
         generate = self._generate_continuously if self.continuous_batching else self._generate_in_batches
-        with (
-            closing(AnswerStore(self.cache_dir)) as store,
-            tqdm(
-                total=len(prompts) * num_responses,
-                initial=count_stored(store, keys),
-                desc="Generating responses",
-                disable=not PartialState().is_main_process,
-            ) as progress,
-            self._sampling_mode() as eos_token_ids,
-            # Closed at once when storing fails: what generates continuously has a thread.
-            closing(generate(input_ids, keys, parts, store, eos_token_ids)) as batches,
-        ):
-            for batch in batches:
-                store.put_many(batch)
-                progress.update(sum(len(answer["responses"]) for _, answer in batch))
-            return stored_responses(store, keys)
+        with closing(AnswerStore(self.cache_dir)) as store:
+            with (
+                tqdm(
+                    total=len(prompts) * num_responses,
+                    initial=count_stored(store, keys),
+                    desc="Generating responses",
+                    disable=not PartialState().is_main_process,
+                ) as progress,
+                self._sampling_mode() as eos_token_ids,
+                # Closed at once when storing fails: what generates continuously has a thread.
+                closing(generate(input_ids, keys, parts, store, eos_token_ids)) as batches,
+            ):
+                for batch in batches:
+                    store.put_many(batch)
+                    progress.update(sum(len(answer["responses"]) for _, answer in batch))
+            # Who takes the responses may use the model in between, so it is itself again.
+            yield from stored_responses(store, keys)
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -294,8 +376,8 @@ class TransformersGenerator:
 
     def _generate_in_batches(
         self,
-        input_ids: list[list[int]],
-        keys: list[list[tuple[str, int]]],
+        input_ids: TokenLists,
+        keys: RequestKeys,
         parts: list[tuple[int, int]],
         store: AnswerStore,
         eos_token_ids: list[int],
@@ -303,7 +385,7 @@ class TransformersGenerator:
         # Prompts of about the same length share a batch, so that little is computed on padding. The longest come
         # first: if memory runs out, it does so at once. The batches are those of all prompts, stored or not, as the
         # random numbers of a batch depend on what is in it.
-        order = sorted(range(len(input_ids)), key=lambda row: len(input_ids[row]), reverse=True)
+        order = _longest_first(input_ids)
         prompts_per_batch = self.batch_size // parts[0][1]
         for start in range(0, len(order), prompts_per_batch):
             for part, (done, count) in enumerate(parts):
@@ -318,26 +400,25 @@ class TransformersGenerator:
 
     def _generate_continuously(
         self,
-        input_ids: list[list[int]],
-        keys: list[list[tuple[str, int]]],
+        input_ids: TokenLists,
+        keys: RequestKeys,
         parts: list[tuple[int, int]],
         store: AnswerStore,
         eos_token_ids: list[int],
     ) -> Generation:
-        order = sorted(range(len(input_ids)), key=lambda row: len(input_ids[row]), reverse=True)
-        requests = {key: input_ids[row] for row in order for key, _ in keys[row] if key not in store}
-        if not requests:
-            return
+        left = ((key, row) for row in _longest_first(input_ids) for key, _ in keys[row] if key not in store)
         base_model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        with self._forked_rng():
-            for key, ids in generate_continuously(
-                base_model,
-                requests,
-                self._generation_config(1, eos_token_ids, self._pad_token_id(eos_token_ids)),
-                max_concurrency=self.batch_size,
-                seed=self._batch_seed(list(requests.values())),
-            ):
-                yield [(key, {"responses": [asdict(self._response(ids, set(eos_token_ids)))]})]
+        # The lists of what is still to do are in memory, so they are not all made at once.
+        while requests := {key: input_ids[row] for key, row in islice(left, _REQUESTS_AT_A_TIME)}:
+            with self._forked_rng():
+                for key, ids in generate_continuously(
+                    base_model,
+                    requests,
+                    self._generation_config(1, eos_token_ids, self._pad_token_id(eos_token_ids)),
+                    max_concurrency=self.batch_size,
+                    seed=self._batch_seed(list(requests.values())),
+                ):
+                    yield [(key, {"responses": [asdict(self._response(ids, set(eos_token_ids)))]})]
 
     def _eos_token_ids(self) -> list[int]:
         configured = self.model.generation_config.eos_token_id
@@ -404,3 +485,7 @@ class TransformersGenerator:
         end = next((position for position, token in enumerate(ids) if token in eos_token_ids), None)
         text = self.processing_class.decode(ids[:end], skip_special_tokens=True)
         return Response(text=str(text), truncated=end is None, num_tokens=len(ids) if end is None else end + 1)
+
+
+def _longest_first(input_ids: TokenLists) -> list[int]:
+    return np.argsort(-input_ids.lengths, kind="stable").tolist()

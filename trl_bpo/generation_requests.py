@@ -15,15 +15,19 @@
 
 """What a generator that keeps its responses is asked for: token ids, their checks, and the keys of the responses."""
 
+import hashlib
 import json
 import logging
-from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain, repeat
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .answer_store import AnswerStore, content_key
 from .prompts import parse_tools, without_none
+from .responses import TokenLists
 
 
 logger = logging.getLogger(__name__)
@@ -56,6 +60,27 @@ def encode_prompt(
     )
     # The template writes the special tokens itself.
     return processing_class(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_prompts(
+    processing_class: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict]], tools: Sequence | None = None
+) -> TokenLists:
+    """
+    Token ids of prompts. Memory: four bytes a token.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        prompts (`Sequence[str | list[dict]]`):
+            Prompts in TRL's standard or conversational format.
+        tools (`Sequence`, *optional*):
+            Tool schemas of each prompt.
+
+    Returns:
+        [`TokenLists`]: The token ids of each, see [`encode_prompt`].
+    """
+    pairs = zip(prompts, repeat(None, len(prompts)) if tools is None else tools, strict=True)
+    return TokenLists.of(encode_prompt(processing_class, prompt, prompt_tools) for prompt, prompt_tools in pairs)
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
@@ -100,8 +125,8 @@ def check_num_responses(num_responses: int, temperature: float) -> None:
 
 
 def check_request(
-    prompts: list[str | list[dict]],
-    input_ids: list[list[int]],
+    prompts: Sequence[str | list[dict]],
+    input_ids: TokenLists,
     num_responses: int,
     *,
     temperature: float,
@@ -112,9 +137,9 @@ def check_request(
     Check what a generator is asked for, before anything is generated.
 
     Args:
-        prompts (`list[str | list[dict]]`):
+        prompts (`Sequence[str | list[dict]]`):
             The prompts, for the messages.
-        input_ids (`list[list[int]]`):
+        input_ids ([`TokenLists`]):
             Their token ids.
         num_responses (`int`):
             Number of responses for each prompt.
@@ -130,60 +155,80 @@ def check_request(
             with `temperature=0`.
     """
     check_num_responses(num_responses, temperature)
-    for row, ids in enumerate(input_ids):
-        if not ids:
+    for row, length in enumerate(input_ids.lengths.tolist()):
+        if not length:
             raise ValueError(f"The prompt in row {row} is empty. Remove it from the dataset.")
-        if context is not None and len(ids) + max_new_tokens > context:
+        if context is not None and length + max_new_tokens > context:
             start = json.dumps(prompts[row], ensure_ascii=False)[:80]
             raise ValueError(
-                f"The prompt in row {row} ({start}...) has {len(ids)} tokens, which leaves no room for "
+                f"The prompt in row {row} ({start}...) has {length} tokens, which leaves no room for "
                 f"`max_new_tokens={max_new_tokens}` in the model's context of {context} tokens. Lower "
                 "`max_new_tokens`, or shorten or remove the prompt."
             )
 
 
-def request_keys(
-    settings: dict[str, Any], input_ids: list[list[int]], parts: list[tuple[int, int]]
-) -> list[list[tuple[str, int]]]:
+class RequestKeys(Sequence[list[tuple[str, int]]]):
     """
-    What each part of each prompt's responses is stored under.
+    What each part of each prompt's responses is stored under: for each prompt, the key and the number of responses of each
+    part. A prompt that is there twice has its own keys, and so its own responses, each time.
+
+    Memory: 16 bytes a part and 8 a prompt.
 
     Args:
         settings (`dict[str, Any]`):
             What the responses depend on beside the prompt: model and sampling options.
-        input_ids (`list[list[int]]`):
+        input_ids ([`TokenLists`]):
             Token ids of the prompts.
         parts (`list[tuple[int, int]]`):
             Index of the first response of each part and number of responses in it.
-
-    Returns:
-        `list[list[tuple[str, int]]]`: For each prompt, the key and the number of responses of each part. A prompt that
-        is there twice has its own keys, and so its own responses, each time.
     """
-    times: Counter[tuple[int, ...]] = Counter()
-    keys = []
+
+    def __init__(self, settings: dict[str, Any], input_ids: TokenLists, parts: list[tuple[int, int]]) -> None:
+        self._counts = [count for _, count in parts]
+        keys = bytearray()
+        for ids, occurrence in zip(input_ids, _occurrences(input_ids).tolist(), strict=True):
+            prompt = {**settings, "prompt": ids, "occurrence": occurrence}
+            for start, count in parts:
+                keys += bytes.fromhex(content_key({**prompt, "start": start, "count": count}))
+        self._keys = np.frombuffer(keys, np.uint8).reshape(len(input_ids), len(parts), -1)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, row: Any) -> Any:
+        return [(key.tobytes().hex(), count) for key, count in zip(self._keys[row], self._counts, strict=True)]
+
+
+def _occurrences(input_ids: TokenLists) -> np.ndarray:
+    """How often each prompt was there before."""
+    digests = bytearray()
     for ids in input_ids:
-        prompt = {**settings, "prompt": ids, "occurrence": times[tuple(ids)]}
-        times[tuple(ids)] += 1
-        keys.append([(content_key({**prompt, "start": start, "count": count}), count) for start, count in parts])
-    return keys
+        digests += hashlib.blake2b(np.array(ids, np.int32).tobytes(), digest_size=16).digest()
+    _, groups = np.unique(np.frombuffer(digests, np.uint64).reshape(-1, 2), axis=0, return_inverse=True)
+    order = np.argsort(groups, kind="stable")
+    sizes = np.bincount(groups)
+    occurrences = np.empty(len(groups), np.int64)
+    occurrences[order] = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return occurrences
 
 
-def count_stored(store: AnswerStore, keys: list[list[tuple[str, int]]]) -> int:
+def count_stored(store: AnswerStore, keys: Iterable[list[tuple[str, int]]]) -> int:
     """
     How many responses need not be generated. The number is logged.
 
     Args:
         store ([`AnswerStore`]):
             The store.
-        keys (`list[list[tuple[str, int]]]`):
-            Result of [`request_keys`].
+        keys ([`RequestKeys`]):
+            Keys of the responses.
 
     Returns:
         `int`: Number of responses that are in the store.
     """
-    stored = sum(count for row in keys for key, count in row if key in store)
+    stored = total = 0
+    for key, count in chain.from_iterable(keys):
+        total += count
+        stored += count if key in store else 0
     if stored:
-        total = sum(count for row in keys for _, count in row)
         logger.info(f"{stored} of {total} responses are in `{store.cache_dir}` and are not generated again.")
     return stored

@@ -16,7 +16,8 @@
 """Responses to prompts, sampled from a policy behind an OpenAI-compatible server."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 from .answer_store import content_key
@@ -163,29 +164,56 @@ class OpenAIGenerator:
                 or the server rejects the key, the model or the requests, or cannot be reached from the start.
             [`~api.CollectionStopped`]: If the call ended early; the same call goes on from there.
         """
+        return list(self.stream(prompts, num_responses, tools))
+
+    def stream(
+        self, prompts: Sequence[str | list[dict]], num_responses: int, tools: Sequence | None = None
+    ) -> Iterator[list[Response]]:
+        """
+        Sample responses for all prompts, then yield them from the store.
+
+        Args:
+            prompts (`Sequence[str | list[dict]]`):
+                Prompts, as for a call. They are gone through several times.
+            num_responses (`int`):
+                Number of responses for each prompt.
+            tools (`Sequence`, *optional*):
+                Tool schemas of each prompt.
+
+        Yields:
+            `list[Response]`: `num_responses` responses, prompt after prompt.
+
+        Raises:
+            `ValueError`: As a call does.
+            [`~api.CollectionStopped`]: If the call ended early; the same call goes on from there.
+        """
         self._check(prompts, num_responses)
 
         def requests() -> Iterator[APIRequest]:
             return self._requests(prompts, num_responses, tools)
 
         self.report = self.client.ask(requests, path=_path(prompts), is_usable=_is_usable, desc="Generating responses")
-        responses: list[list[Response]] = [[] for _ in prompts]
+        responses: list[Response] = []
         failures: list[dict] = []
+        all_the_same = num_responses > 1
         for position, (answer, failure) in enumerate(self.client.read(requests(), self.report, _is_usable)):
-            row = position // num_responses
             if answer is not None:
                 truncated = answer["finish_reason"] == "length"
-                responses[row].append(Response(answer["text"], truncated, answer["completion_tokens"]))
+                responses.append(Response(answer["text"], truncated, answer["completion_tokens"]))
             else:
-                failures.append({"row": row, "response": position % num_responses, **failure})
-                responses[row].append(Response("", False, 0))
+                row, response = divmod(position, num_responses)
+                failures.append({"row": row, "response": response, **failure})
+                responses.append(Response("", False, 0))
+            if len(responses) == num_responses:
+                all_the_same = all_the_same and len({one.text for one in responses}) == 1
+                yield responses
+                responses = []
         self.client.list_failures("responses", failures)
-        if num_responses > 1 and all(len({response.text for response in row}) == 1 for row in responses):
+        if all_the_same and len(prompts) > 0:
             logger.warning(
                 f"All {num_responses} responses to a prompt are the same, for every prompt: the server does not sample, or "
                 "ignores `seed`. Such responses make no pairs. See `extra_body`."
             )
-        return responses
 
     def estimate(self, prompts: list[str | list[dict]], num_responses: int, tools: list | None = None) -> CostEstimate:
         """
@@ -244,7 +272,7 @@ class OpenAIGenerator:
         """
         return collect_batch(self.client)
 
-    def _check(self, prompts: list[str | list[dict]], num_responses: int) -> None:
+    def _check(self, prompts: Sequence[str | list[dict]], num_responses: int) -> None:
         check_num_responses(num_responses, self.temperature)
         if len({isinstance(prompt, str) for prompt in prompts}) > 1:
             raise ValueError(
@@ -253,10 +281,10 @@ class OpenAIGenerator:
             )
 
     def _requests(
-        self, prompts: list[str | list[dict]], num_responses: int, tools: list | None
+        self, prompts: Sequence[str | list[dict]], num_responses: int, tools: Sequence | None
     ) -> Iterator[APIRequest]:
         sampling = {"max_tokens": self.max_new_tokens, "temperature": self.temperature, "top_p": self.top_p}
-        for prompt, prompt_tools in zip(prompts, tools or [None] * len(prompts), strict=True):
+        for prompt, prompt_tools in zip(prompts, repeat(None, len(prompts)) if tools is None else tools, strict=True):
             content: dict[str, Any]
             if isinstance(prompt, str):
                 content = {"prompt": prompt}
@@ -274,7 +302,7 @@ class OpenAIGenerator:
                 yield APIRequest(content_key([self.client.model, body, sample]), body, tokens)
 
 
-def _path(prompts: list[str | list[dict]]) -> str:
+def _path(prompts: Sequence[str | list[dict]]) -> str:
     return "/completions" if len(prompts) > 0 and isinstance(prompts[0], str) else "/chat/completions"
 
 

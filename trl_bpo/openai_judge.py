@@ -176,7 +176,7 @@ class OpenAIJudge(APIJudge):
             prompts (`list[str | list[dict]]`):
                 Prompt of each response.
             completions (`list[str | list[dict]]`):
-                Responses. Both are gone through several times, and never indexed, so columns of a dataset will do.
+                Responses.
             columns:
                 Other columns of the dataset. `tools` is shown to the judge as part of the prompt.
 
@@ -189,29 +189,51 @@ class OpenAIJudge(APIJudge):
                 gives no answer that can be read.
             [`~api.CollectionStopped`]: If the call ended early; the same call goes on from there.
         """
+        return list(self.stream(prompts=prompts, completions=completions, **columns))
+
+    def stream(
+        self, /, *, prompts: Iterable[str | list[dict]], completions: Iterable[str | list[dict]], **columns: Any
+    ) -> Iterator[Verdict]:
+        """
+        Rate all responses, then yield the verdicts from the store.
+
+        Args:
+            prompts (`Iterable[str | list[dict]]`):
+                Prompt of each response. As the other arguments, they are gone through several times, and never indexed.
+            completions (`Iterable[str | list[dict]]`):
+                Responses.
+            columns:
+                Other columns of the dataset.
+
+        Yields:
+            [`Verdict`]: Verdict after verdict, as a call gives them.
+
+        Raises:
+            `ValueError`: As a call does.
+            [`~api.CollectionStopped`]: If the call ended early; the same call goes on from there.
+        """
         requests = self._requests(prompts, completions, columns)
         self._ask(requests, self.rubric.read)
-        verdicts: list[Verdict] = []
         failures: list[dict] = []
-        plain = 0
+        plain = done = 0
         votes: list[tuple[float | None, str | None]] = []
         for answer, failure in self._read(requests, self.rubric.read):
             if answer is None:
-                failures.append({"row": len(verdicts), "vote": len(votes), **failure})
+                failures.append({"row": done, "vote": len(votes), **failure})
                 votes.append((None, failure["answer"] or failure["reason"]))
             else:
                 score, is_expected = self._score(answer)
                 plain += not is_expected
                 votes.append((score, answer["text"]))
             if len(votes) == self.num_votes:
-                verdicts.append(_mean_verdict(votes))
+                yield _mean_verdict(votes)
+                done += 1
                 votes = []
         if self.expected_score and plain:
             logger.warning(
                 f"{plain} ratings come without probabilities that tell the ratings apart, so they count as they are."
             )
         self.client.list_failures("judgements", failures)
-        return verdicts
 
     def estimate(
         self, /, *, prompts: list[str | list[dict]], completions: list[str | list[dict]], **columns: Any
@@ -233,7 +255,7 @@ class OpenAIJudge(APIJudge):
         return self.client.estimate(self._requests(prompts, completions, columns)())
 
     def submit_batch(
-        self, /, *, prompts: list[str | list[dict]], completions: list[str | list[dict]], **columns: Any
+        self, /, *, prompts: Iterable[str | list[dict]], completions: Iterable[str | list[dict]], **columns: Any
     ) -> BatchStatus:
         """
         Hand responses in to the Batch API, at half the price, as far as they have no verdict and are in no job yet.
@@ -246,10 +268,10 @@ class OpenAIJudge(APIJudge):
         and not a day later in every line.
 
         Args:
-            prompts (`list[str | list[dict]]`):
+            prompts (`Iterable[str | list[dict]]`):
                 Prompt of each response.
-            completions (`list[str | list[dict]]`):
-                Responses.
+            completions (`Iterable[str | list[dict]]`):
+                Responses. Both are gone through several times.
             columns:
                 Other columns of the dataset. `tools` is shown to the judge as part of the prompt.
 

@@ -15,16 +15,21 @@
 """A judge behind an OpenAI-compatible API that compares responses two by two."""
 
 import json
-import statistics
-from collections.abc import Iterator
-from itertools import combinations
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, combinations, repeat
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from .api import APIRequest
 from .api_judge import APIJudge
 from .judging import Verdict
 from .prompts import prompt_id
 from .rubrics import PairwiseRubric
+
+
+# A prompt, two responses to it, and its tools.
+_Comparison: TypeAlias = tuple[Any, Any, Any, Any]
 
 
 class OpenAIPairwiseJudge(APIJudge):
@@ -152,28 +157,35 @@ class OpenAIPairwiseJudge(APIJudge):
             if len(pair) != 2:
                 raise ValueError(f"Row {row} of `completions` has {len(pair)} responses, but two are compared.")
 
-        def requests() -> Iterator[APIRequest]:
+        def comparisons() -> Iterator[_Comparison]:
             for prompt, (first, second), prompt_tools in zip(
-                prompts, completions, tools or [None] * len(prompts), strict=True
+                prompts, completions, tools or repeat(None, len(prompts)), strict=True
             ):
+                yield prompt, first, second, prompt_tools
+
+        return list(self._compare(comparisons))
+
+    def _compare(self, comparisons: Callable[[], Iterable[_Comparison]]) -> Iterator[float | None]:
+        def requests() -> Iterator[APIRequest]:
+            for prompt, first, second, prompt_tools in comparisons():
                 yield self._request(self.rubric.messages(prompt, first, second, prompt_tools))
                 yield self._request(self.rubric.messages(prompt, second, first, prompt_tools))
 
         self._ask(requests, self.rubric.read)
-        shares: list[float | None] = []
         failures: list[dict] = []
+        done = 0
         both: list[str | None] = []
         for answer, failure in self._read(requests, self.rubric.read):
             if answer is None:
-                failures.append({"row": len(shares), "swapped": bool(both), **failure})
+                failures.append({"row": done, "swapped": bool(both), **failure})
                 both.append(None)
             else:
                 both.append(self.rubric.read(answer["text"]))
             if len(both) == 2:
-                shares.append(_share(both[0], both[1]))
+                yield _share(both[0], both[1])
+                done += 1
                 both = []
         self.client.list_failures("judgements", failures)
-        return shares
 
     def __call__(
         self, /, *, prompts: list[str | list[dict]], completions: list[str | list[dict]], **columns: Any
@@ -193,28 +205,51 @@ class OpenAIPairwiseJudge(APIJudge):
             `list[Verdict]`: For each response, its share of wins between 0 and 1, over the comparisons with a usable
             verdict; `None` if there is none.
         """
-        tools = columns.get("tools") or [None] * len(prompts)
-        groups: dict[str, list[int]] = {}
-        for row, (prompt, prompt_tools) in enumerate(zip(prompts, tools, strict=True)):
-            groups.setdefault(prompt_id(prompt, prompt_tools), []).append(row)
-        pairs = [pair for rows in groups.values() for pair in combinations(rows, 2)]
-        shares = self.compare(
-            [prompts[first] for first, _ in pairs],
-            [[completions[first], completions[second]] for first, second in pairs],
-            [tools[first] for first, _ in pairs],
-        )
-        won: list[list[float]] = [[] for _ in prompts]
-        for (first, second), share in zip(pairs, shares, strict=True):
+        return list(self.stream(prompts=prompts, completions=completions, **columns))
+
+    def stream(
+        self, /, *, prompts: Sequence[str | list[dict]], completions: Sequence[str | list[dict]], **columns: Any
+    ) -> Iterator[Verdict]:
+        """
+        Make all comparisons, then yield the verdicts. Memory: 50 bytes a response, and the responses to one prompt.
+
+        Args:
+            prompts (`Sequence[str | list[dict]]`):
+                Prompt of each response. As the other arguments, they are gone through several times.
+            completions (`Sequence[str | list[dict]]`):
+                Responses.
+            columns:
+                Other columns of the dataset.
+
+        Yields:
+            [`Verdict`]: Verdict after verdict, as a call gives them.
+        """
+        tools = columns.get("tools")
+        digests = bytearray()
+        for prompt, prompt_tools in zip(prompts, repeat(None, len(prompts)) if tools is None else tools, strict=True):
+            digests += bytes.fromhex(prompt_id(prompt, prompt_tools)[:16])
+        _, groups = np.unique(np.frombuffer(digests, np.uint64), return_inverse=True)
+        order = np.argsort(groups, kind="stable")
+        by_prompt = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+
+        def comparisons() -> Iterator[_Comparison]:
+            for rows in map(np.ndarray.tolist, by_prompt):
+                prompt, prompt_tools = prompts[rows[0]], None if tools is None else tools[rows[0]]
+                for first, second in combinations([completions[row] for row in rows], 2):
+                    yield prompt, first, second, prompt_tools
+
+        wins, ties, losses = counts = np.zeros((3, len(groups)), np.int32)
+        pairs = chain.from_iterable(combinations(rows.tolist(), 2) for rows in by_prompt)
+        for (first, second), share in zip(pairs, self._compare(comparisons), strict=True):
             if share is not None:
-                won[first].append(share)
-                won[second].append(1.0 - share)
-        return [
-            Verdict(
-                statistics.fmean(row) if row else None,
-                json.dumps({"wins": row.count(1.0), "ties": row.count(0.5), "losses": row.count(0.0)}),
+                for row, its_share in ((first, share), (second, 1.0 - share)):
+                    counts[0 if its_share == 1.0 else 1 if its_share == 0.5 else 2, row] += 1
+        for won, tied, lost in zip(wins.tolist(), ties.tolist(), losses.tolist(), strict=True):
+            decided = won + tied + lost
+            yield Verdict(
+                (won + 0.5 * tied) / decided if decided else None,
+                json.dumps({"wins": won, "ties": tied, "losses": lost}),
             )
-            for row in won
-        ]
 
 
 def _share(verdict: str | None, swapped: str | None) -> float | None:

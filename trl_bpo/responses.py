@@ -19,7 +19,7 @@ copy of what they share.
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,19 +55,22 @@ class TokenLists(Sequence[list[int]]):
         self.lengths = np.diff(ends, prepend=0)
 
     @classmethod
-    def of(cls, lists: Sequence[list[int]]) -> "TokenLists":
+    def of(cls, lists: Iterable[list[int]]) -> "TokenLists":
         """
         Put lists side by side.
 
         Args:
-            lists (`Sequence[list[int]]`):
-                The lists.
+            lists (`Iterable[list[int]]`):
+                The lists, which are gone through once.
 
         Returns:
             [`TokenLists`]: The same.
         """
-        tokens = np.fromiter((token for one in lists for token in one), np.int32)
-        return cls(tokens, np.cumsum([len(one) for one in lists], dtype=np.int64))
+        tokens, ends = array("i"), array("q")
+        for one in lists:
+            tokens.extend(one)
+            ends.append(len(tokens))
+        return cls(np.array(tokens, np.int32), np.array(ends, np.int64))
 
     def __len__(self) -> int:
         return len(self._ends)

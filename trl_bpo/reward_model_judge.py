@@ -15,7 +15,9 @@
 """A reward model as the judge."""
 
 import logging
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,9 +30,13 @@ from trl.trainer.utils import pad
 from .answer_store import AnswerStore, content_key, prepare_folder
 from .model_fingerprint import model_fingerprint
 from .prompts import completion_text, parse_tools, without_none
+from .streams import in_blocks
 
 
 logger = logging.getLogger(__name__)
+
+# Responses that are sorted by length together. What has been scored of them is found again as long as this stays.
+_RESPONSES_AT_A_TIME = 16_384
 
 
 class RewardModelJudge:
@@ -113,43 +119,62 @@ class RewardModelJudge:
         Returns:
             `list[float]`: The model's output for each response.
         """
-        tools = columns.get("tools") or [None] * len(prompts)
-        input_ids = [
-            self._encode(prompt, completion, prompt_tools)
-            for prompt, completion, prompt_tools in zip(prompts, completions, tools, strict=True)
-        ]
-        if self.max_length is not None:
-            too_long = sum(len(ids) > self.max_length for ids in input_ids)
-            if too_long:
-                logger.warning(f"{too_long} of {len(input_ids)} responses were cut off at {self.max_length} tokens.")
-            input_ids = [ids[: self.max_length] for ids in input_ids]
+        return list(self.stream(prompts=prompts, completions=completions, **columns))
+
+    def stream(
+        self, /, *, prompts: Sequence[str | list[dict]], completions: Sequence[str | list[dict]], **columns: Any
+    ) -> Iterator[float]:
+        """
+        Score responses, a part at a time. Memory: the token ids of 16,384 responses.
+
+        Args:
+            prompts (`Sequence[str | list[dict]]`):
+                Prompt of each response.
+            completions (`Sequence[str | list[dict]]`):
+                Responses, as for a call.
+            columns:
+                Other columns of the dataset.
+
+        Yields:
+            `float`: The model's output, response after response.
+        """
+        tools = columns["tools"] if columns.get("tools") is not None else repeat(None, len(prompts))
+        model = None if self.cache_dir is None else model_fingerprint(self.model)
+        too_long = 0
+        with (
+            closing(AnswerStore(self.cache_dir)) as store,
+            transformers_logging.tqdm(
+                total=len(prompts), desc="Scoring responses", disable=not PartialState().is_main_process
+            ) as progress,
+        ):
+            for block in in_blocks(zip(prompts, completions, tools, strict=True), _RESPONSES_AT_A_TIME):
+                input_ids = [self._encode(prompt, completion, its_tools) for prompt, completion, its_tools in block]
+                if self.max_length is not None:
+                    too_long += sum(len(ids) > self.max_length for ids in input_ids)
+                    input_ids = [ids[: self.max_length] for ids in input_ids]
+                keys = [] if model is None else [content_key(["reward", model, ids]) for ids in input_ids]
+                yield from self._score(input_ids, keys, store, progress)
+        if too_long:
+            logger.warning(f"{too_long} of {len(prompts)} responses were cut off at {self.max_length} tokens.")
+
+    def _score(self, input_ids: list[list[int]], keys: list[str], store: AnswerStore, progress: Any) -> list[float]:
         order = sorted(range(len(input_ids)), key=lambda row: len(input_ids[row]), reverse=True)
-        keys: list[str] = []
-        if self.cache_dir is not None:
-            model = model_fingerprint(self.model)
-            keys = [content_key(["reward", model, ids]) for ids in input_ids]
         scores = [0.0] * len(input_ids)
         was_training = self.model.training
         self.model.eval()
         try:
-            with (
-                closing(AnswerStore(self.cache_dir)) as store,
-                transformers_logging.tqdm(
-                    total=len(order), desc="Scoring responses", disable=not PartialState().is_main_process
-                ) as progress,
-            ):
-                for start in range(0, len(order), self.batch_size):
-                    batch = order[start : start + self.batch_size]
-                    # Batches are those of all responses, so that a run that goes on computes what it would have.
-                    rows = [row for row in batch if not keys or keys[row] not in store]
-                    if rows:
-                        for row, score in zip(rows, self._forward([input_ids[row] for row in rows]), strict=True):
-                            scores[row] = score
-                        if keys:
-                            store.put_many((keys[row], {"score": scores[row]}) for row in rows)
-                    for row in set(batch) - set(rows):
-                        scores[row] = store.get(keys[row])["score"]  # type: ignore[index]
-                    progress.update(len(batch))
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                # Batches are those of all responses, so that a run that goes on computes what it would have.
+                rows = [row for row in batch if not keys or keys[row] not in store]
+                if rows:
+                    for row, score in zip(rows, self._forward([input_ids[row] for row in rows]), strict=True):
+                        scores[row] = score
+                    if keys:
+                        store.put_many((keys[row], {"score": scores[row]}) for row in rows)
+                for row in set(batch) - set(rows):
+                    scores[row] = store.get(keys[row])["score"]  # type: ignore[index]
+                progress.update(len(batch))
         finally:
             self.model.train(was_training)
         return scores

@@ -17,6 +17,7 @@
 
 import json
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,7 @@ from transformers.utils.logging import tqdm
 
 from .answer_store import AnswerStore, prepare_folder
 from .generation import Response, stored_responses
-from .generation_requests import check_request, check_sampling, count_stored, encode_prompt, request_keys
+from .generation_requests import RequestKeys, check_request, check_sampling, count_stored, encode_prompts
 from .model_fingerprint import folder_fingerprint
 
 
@@ -180,10 +181,30 @@ class VLLMGenerator:
             `ValueError`: If a prompt is empty or leaves no room for `max_new_tokens` in the model's context, or if
                 several responses are asked for with `temperature=0`.
         """
-        input_ids = [
-            encode_prompt(self.processing_class, prompt, prompt_tools)
-            for prompt, prompt_tools in zip(prompts, tools or [None] * len(prompts), strict=True)
-        ]
+        return list(self.stream(prompts, num_responses, tools))
+
+    def stream(
+        self, prompts: Sequence[str | list[dict]], num_responses: int, tools: Sequence | None = None
+    ) -> Iterator[list[Response]]:
+        """
+        Sample responses for all prompts, then yield them. Memory: four bytes a token of the prompts and 24 bytes a response;
+        the responses are in `cache_dir`, or in memory without one.
+
+        Args:
+            prompts (`Sequence[str | list[dict]]`):
+                Prompts, as for a call.
+            num_responses (`int`):
+                Number of responses for each prompt.
+            tools (`Sequence`, *optional*):
+                Tool schemas of each prompt.
+
+        Yields:
+            `list[Response]`: `num_responses` responses, prompt after prompt.
+
+        Raises:
+            `ValueError`: As a call does.
+        """
+        input_ids = encode_prompts(self.processing_class, prompts, tools)
         check_request(
             prompts,
             input_ids,
@@ -193,26 +214,24 @@ class VLLMGenerator:
             context=self.llm.model_config.max_model_len,
         )
         parts = [(index, 1) for index in range(num_responses)]
-        keys = request_keys(self._settings(), input_ids, parts)
+        keys = RequestKeys(self._settings(), input_ids, parts)
         # The seeds do not depend on the model and the options: another model answers with the same random numbers.
-        seeds = request_keys({"seed": self.seed}, input_ids, parts)
-        with (
-            closing(AnswerStore(self.cache_dir)) as store,
-            tqdm(
+        seeds = RequestKeys({"seed": self.seed}, input_ids, parts)
+        with closing(AnswerStore(self.cache_dir)) as store:
+            with tqdm(
                 total=len(prompts) * num_responses, initial=count_stored(store, keys), desc="Generating responses"
-            ) as progress,
-        ):
-            for start in range(0, len(keys), self.batch_size):
-                batch = [
-                    (key, input_ids[row], int(seed[:16], 16) >> 1)
-                    for row in range(start, min(start + self.batch_size, len(keys)))
-                    for (key, _), (seed, _) in zip(keys[row], seeds[row], strict=True)
-                    if key not in store
-                ]
-                if batch:
-                    store.put_many(self._generate(batch))
-                    progress.update(len(batch))
-            return stored_responses(store, keys)
+            ) as progress:
+                for start in range(0, len(keys), self.batch_size):
+                    batch = [
+                        (key, input_ids[row], int(seed[:16], 16) >> 1)
+                        for row in range(start, min(start + self.batch_size, len(keys)))
+                        for (key, _), (seed, _) in zip(keys[row], seeds[row], strict=True)
+                        if key not in store
+                    ]
+                    if batch:
+                        store.put_many(self._generate(batch))
+                        progress.update(len(batch))
+            yield from stored_responses(store, keys)
 
     def _settings(self) -> dict[str, Any]:
         model: str | dict[str, str] | None = None

@@ -1,0 +1,143 @@
+# Copyright 2026 The trl_bpo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""Columns that are computed row by row, on the disk from the first row on."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset, Features, concatenate_datasets
+from datasets.arrow_writer import ArrowWriter
+from datasets.fingerprint import get_temporary_cache_files_directory
+
+from .processes import meanwhile
+
+
+# Rows that are sent to the other processes at a time.
+_ROWS_AT_A_TIME = 1000
+
+
+def _new_file() -> str:
+    handle, path = tempfile.mkstemp(suffix=".arrow", dir=get_temporary_cache_files_directory())
+    os.close(handle)
+    return path
+
+
+def _read(path: str) -> Dataset:
+    # Named by its content, so that what is computed from the same rows again is found in the cache.
+    with Path(path).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Dataset(Dataset.from_file(path).data, fingerprint=digest[:16])
+
+
+def write_rows(rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
+    """
+    Write rows to a file as they come.
+
+    Args:
+        rows (`Iterable[dict]`):
+            The rows.
+        features ([`~datasets.Features`]):
+            Their columns.
+
+    Returns:
+        [`~datasets.Dataset`]: The rows, mapped from a file that ends with this process.
+    """
+    path = _new_file()
+    with ArrowWriter(path=path, features=features) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finalize()
+    return _read(path)
+
+
+def gathered(state: Any, own: Dataset, rows: np.ndarray) -> Dataset:
+    """
+    Bring the rows of all processes to all of them: through the network, and to one file a machine. All processes must call
+    this. Memory: 16 bytes a row of all, and 1,000 rows.
+
+    Args:
+        state ([`~accelerate.PartialState`]):
+            The processes.
+        own ([`~datasets.Dataset`]):
+            Rows of this process, with the same columns on each.
+        rows (`np.ndarray` of shape `(len(own),)`):
+            Which rows of the whole these are.
+
+    Returns:
+        [`~datasets.Dataset`]: The whole, in the order of its rows.
+
+    Raises:
+        `OSError`: If the rows cannot be written, for example because the disk is full; on the other processes, a
+            `RuntimeError` with the same text.
+    """
+    order = np.concatenate(gather_object([rows]))
+    sizes = gather_object([len(own)])
+    table = own.with_format("arrow")
+    path = writer = failure = None
+
+    def attempt(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # A process that stopped alone would leave the others waiting for it.
+        nonlocal failure
+        try:
+            return function(*args, **kwargs) if failure is None else None
+        except Exception as error:
+            failure = error
+
+    if state.is_local_main_process:
+        path = attempt(_new_file)
+        writer = attempt(ArrowWriter, path=path, features=own.features)
+    for process, size in enumerate(sizes):
+        for start in range(0, size, _ROWS_AT_A_TIME):
+            part: list[Any] = [None]
+            if process == state.process_index:
+                part = [table[start : start + _ROWS_AT_A_TIME].combine_chunks()]
+            broadcast_object_list(part, from_process=process)
+            if writer is not None:
+                attempt(writer.write_table, part[0])
+    if writer is not None:
+        attempt(writer.finalize)
+
+    def check() -> None:
+        if failure is not None:
+            raise failure
+
+    meanwhile(state, check)
+    # Of the first process on this machine.
+    path = gather_object([path])[state.process_index - state.local_process_index]
+    whole = _read(path)
+    return whole if np.array_equal(order, np.arange(len(order))) else whole.select(np.argsort(order))
+
+
+def beside(dataset: Dataset, columns: Dataset) -> Dataset:
+    """
+    Put columns beside those of a dataset.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset.
+        columns ([`~datasets.Dataset`]):
+            As many rows, with other columns.
+
+    Returns:
+        [`~datasets.Dataset`]: Both.
+    """
+    return concatenate_datasets([dataset, columns], axis=1)
