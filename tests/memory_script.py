@@ -26,8 +26,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import disable_progress_bars, load_dataset
 
-from trl_bpo import BreadthSelector, DepthSelector, embedding
+from trl_bpo import BPODataCollector, BreadthSelector, DepthSelector, embedding
 from trl_bpo.bpo_config import BPOConfig
+from trl_bpo.generation import Response
+from trl_bpo.generation_requests import RequestKeys, encode_prompts
+from trl_bpo.judging import Verdict
 from trl_bpo.manifest import sha256_of_ids
 from trl_bpo.pool import PairPool, identify_pairs
 from trl_bpo.responses import length_batches, unique_responses
@@ -126,6 +129,53 @@ def breadth(n, folder):
     assert len(selection.kept) == selection.prompts_kept == round(0.1 * n / 2)
     assert sha256_of_ids(selection.by_prompt["prompt_id"])
     selection.save(folder / "breadth")
+
+
+def collect(n, folder):
+    """Prompts to pairs, by a generator and a judge that cost nothing: called in blocks, and through `stream`."""
+    prompts = write_rows(folder / f"asked-{n}.parquet", n, lambda row: {"prompt": f"Question {row}", "answer": row})
+
+    def sample(prompt, num_responses):
+        return [Response(f"{prompt}? I say {answer}.", answer == 3, 7) for answer in range(num_responses)]
+
+    def generate(prompts, num_responses, tools=None):
+        return [sample(prompt, num_responses) for prompt in prompts]
+
+    def rate(prompts, completions, answer):
+        return [
+            Verdict(float(text[-2]), f"The answer to {row} is {text!r}")
+            for row, text in zip(answer, completions, strict=True)
+        ]
+
+    class Streaming:
+        def stream(self, *args, **columns):
+            if columns:
+                for text, row in zip(columns["completions"], columns["answer"], strict=True):
+                    yield Verdict(float(text[-2]), f"The answer to {row} is {text!r}")
+            else:
+                for prompt in args[0]:
+                    yield sample(prompt, args[1])
+
+        def __call__(self, *args, **columns):
+            raise AssertionError("It has `stream`.")
+
+    yield
+    for generator, judge in ((generate, rate), (Streaming(), Streaming())):
+        collector = BPODataCollector(generator, judge, num_responses=4)
+        pairs = collector.collect(prompts)
+        assert collector.report.truncated == n and collector.report.pairs.truncated_chosen == n
+        assert len(pairs) == collector.report.pairs.pairs == n
+
+
+def keys(n, folder):
+    """Token ids of prompts, and the keys of their responses."""
+    prompts = write_rows(folder / f"words-{n}.parquet", n, lambda row: {"prompt": f"A question about {row // 2}"})[
+        "prompt"
+    ]
+    yield
+    input_ids = encode_prompts(lambda prompt: {"input_ids": list(prompt.encode())}, prompts)
+    keys = RequestKeys({"seed": 42}, input_ids, [(0, 4), (4, 4)])
+    assert len(keys) == n and len({key for row in (0, 1, 2) for key, _ in keys[row]}) == 6
 
 
 def main(what, n, folder):

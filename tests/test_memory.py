@@ -53,6 +53,10 @@ def peak(what, n, folder):
         ("breadth", 20_000, 60_000, 190),
         # Two responses of 160 bytes of tokens each, with their digests and batches. As lists they would take 1,500.
         ("responses", 5_000, 20_000, 1000),
+        # The 32 bytes of two keys, those of the tokens, and digests. As lists and texts they would take 1,000.
+        ("keys", 5_000, 20_000, 350),
+        # As Python objects, four responses and their verdicts take 1,500.
+        ("collect", 9_000, 24_000, 60),
     ],
 )
 def test_memory_a_row(tmp_path, what, few, many, ceiling):

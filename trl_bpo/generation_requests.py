@@ -32,6 +32,8 @@ from .responses import TokenLists
 
 logger = logging.getLogger(__name__)
 
+_KEY_BYTES = 16
+
 
 def encode_prompt(
     processing_class: PreTrainedTokenizerBase, prompt: str | list[dict], tools: str | list | None = None
@@ -190,7 +192,7 @@ class RequestKeys(Sequence[list[tuple[str, int]]]):
             prompt = {**settings, "prompt": ids, "occurrence": occurrence}
             for start, count in parts:
                 keys += bytes.fromhex(content_key({**prompt, "start": start, "count": count}))
-        self._keys = np.frombuffer(keys, np.uint8).reshape(len(input_ids), len(parts), -1)
+        self._keys = np.frombuffer(keys, np.uint8).reshape(len(input_ids), len(parts), _KEY_BYTES)
 
     def __len__(self) -> int:
         return len(self._keys)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 
@@ -48,9 +49,16 @@ def meanwhile(state: Any, function: Callable[[], T]) -> T:
     """
     if state.num_processes == 1:
         return function()
+
+    def call() -> T:
+        # Which of the devices is the current one is a matter of each thread.
+        if state.device.type == "cuda":
+            torch.cuda.set_device(state.device)
+        return function()
+
     seconds = _FIRST_POLL_SECONDS
     with ThreadPoolExecutor(1) as executor:
-        future = executor.submit(function)
+        future = executor.submit(call)
         while not all(gather_object([bool(wait([future], timeout=seconds).done)])):
             seconds = min(2 * seconds, _MAX_POLL_SECONDS)
     failure = future.exception()
