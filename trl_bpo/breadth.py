@@ -58,6 +58,7 @@ from .clustering import (
     cluster,
     nearest_to_centre,
 )
+from .columns import on_disk
 from .embedding import DEFAULT_ENCODER, EmbeddingRows, embed_texts, require_sentence_transformers
 from .ids import dense_ranks, read_column
 from .manifest import public_name, sha256_of_ids, write_json, write_manifest
@@ -462,8 +463,8 @@ class BreadthSelector:
                 # Else they come over the network.
                 sent: list[Any] = [columns.get(index) if owner == state.process_index else None]
                 broadcast_object_list(sent, from_process=owner)
-                if state.is_main_process:
-                    columns[index] = sent[0]
+                if state.is_main_process and owner != 0:
+                    columns[index] = read_column(on_disk(pa.table({"_embedding": sent[0]})), "_embedding")
         return [columns[index] for index in sorted(columns)], sum(over_long.values())
 
     def _place(self, embeddings: Rows) -> _Places:

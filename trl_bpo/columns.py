@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, Features, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
@@ -67,6 +68,24 @@ def write_rows(rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
             writer.write(row)
         writer.finalize()
     return _read(path)
+
+
+def on_disk(table: pa.Table) -> Dataset:
+    """
+    Move a table from memory to a file.
+
+    Args:
+        table (`pyarrow.Table`):
+            The table.
+
+    Returns:
+        [`~datasets.Dataset`]: Its rows, mapped from a file that ends with this process.
+    """
+    path = _new_file()
+    with ArrowWriter(path=path, schema=table.schema) as writer:
+        writer.write_table(table)
+        writer.finalize()
+    return Dataset.from_file(path)
 
 
 def gathered(state: Any, own: Dataset, rows: np.ndarray) -> Dataset:

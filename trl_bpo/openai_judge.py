@@ -236,15 +236,15 @@ class OpenAIJudge(APIJudge):
         self.client.list_failures("judgements", failures)
 
     def estimate(
-        self, /, *, prompts: list[str | list[dict]], completions: list[str | list[dict]], **columns: Any
+        self, /, *, prompts: Iterable[str | list[dict]], completions: Iterable[str | list[dict]], **columns: Any
     ) -> CostEstimate:
         """
         Estimate what rating responses would take. Nothing is sent.
 
         Args:
-            prompts (`list[str | list[dict]]`):
+            prompts (`Iterable[str | list[dict]]`):
                 Prompt of each response.
-            completions (`list[str | list[dict]]`):
+            completions (`Iterable[str | list[dict]]`):
                 Responses.
             columns:
                 Other columns of the dataset.
