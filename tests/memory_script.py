@@ -15,6 +15,7 @@
 
 """What `test_memory.py` measures: selections of many rows, by the name of the stage."""
 
+import gc
 import hashlib
 import json
 import sys
@@ -178,16 +179,24 @@ def keys(n, folder):
     assert len(keys) == n and len({key for row in (0, 1, 2) for key, _ in keys[row]}) == 6
 
 
-def main(what, n, folder):
-    disable_progress_bars()
+def peak(what, n, folder):
     stage = globals()[what](n, folder)
     next(stage)
+    gc.collect()
+    # What was there before is not counted.
     tracemalloc.start()
-    before = pa.total_allocated_bytes()
     next(stage, None)
-    peak = {"python": tracemalloc.get_traced_memory()[1], "arrow": pa.total_allocated_bytes() - before}
-    (folder / "peak.json").write_text(json.dumps(peak))
+    bytes_at_peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return bytes_at_peak
+
+
+def main(what, numbers, folder):
+    disable_progress_bars()
+    # Once for nothing: what is imported and cached at the first time is no matter of the rows.
+    peaks = [peak(what, n, folder) for n in (1000, *numbers)][1:]
+    (folder / "peaks.json").write_text(json.dumps(peaks))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], [int(number) for number in sys.argv[3:]], Path(sys.argv[2]))

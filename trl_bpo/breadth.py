@@ -62,8 +62,9 @@ from .columns import on_disk
 from .embedding import DEFAULT_ENCODER, EmbeddingRows, embed_texts, require_sentence_transformers
 from .ids import dense_ranks, read_column
 from .manifest import public_name, sha256_of_ids, write_json, write_manifest
+from .model_fingerprint import folder_fingerprint
 from .near_duplicates import check_near_duplicates, near_duplicates
-from .processes import meanwhile, on_main_process
+from .processes import Attempts, meanwhile, on_main_process
 from .prompts import EXCERPT_CHARACTERS, prompt_id, render_prompt
 from .rows import Rows, RowsOf
 
@@ -195,7 +196,10 @@ def _identify(row: dict, prompt_column: str) -> dict[str, str]:
     }
 
 
-def _embed(batch: dict[str, list], encoder: str, prompt_column: str, batch_size: int) -> dict[str, Any]:
+def _embed(
+    batch: dict[str, list], encoder: str, prompt_column: str, batch_size: int, content: str | None
+) -> dict[str, Any]:
+    # `content` is not used: it makes the cache tell apart what two models gave that were in one folder.
     tools = batch.get("tools") or [None] * len(batch[prompt_column])
     texts = [render_prompt(prompt, tool) for prompt, tool in zip(batch[prompt_column], tools, strict=True)]
     embeddings, over_long = embed_texts(texts, encoder, batch_size)
@@ -344,7 +348,7 @@ class BreadthSelector:
         self._check(dataset)
         # First by one process, from whose cache the others take it where they share a disk.
         on_main_process(state, lambda: self._identified(dataset) and None)
-        dataset = self._identified(dataset)
+        dataset = meanwhile(state, lambda: self._identified(dataset))
         excerpts = read_column(dataset, "_excerpt")
         prompts, row_ids = dense_ranks(read_column(dataset, "prompt_id")), dense_ranks(read_column(dataset, "_row_id"))
         dataset = dataset.remove_columns(["_row_id", "_excerpt"])
@@ -431,7 +435,9 @@ class BreadthSelector:
         own = range(state.process_index, num_shards, state.num_processes)
 
         def embed() -> dict[int, Dataset]:
+            content = folder_fingerprint(self.encoder) if os.path.isdir(self.encoder) else None
             kwargs = {"encoder": self.encoder, "prompt_column": self.prompt_column, "batch_size": self.batch_size}
+            kwargs["content"] = content
             return {
                 index: shards[index].map(
                     _embed,
@@ -453,18 +459,25 @@ class BreadthSelector:
             found = {index: files for index, files in files if files and os.path.exists(files[0]["filename"])}
             readable = [set(found)]
             broadcast_object_list(readable, from_process=0)
+            attempt = Attempts(state)
+
+            def read(index: int) -> pa.ChunkedArray:
+                files = [Dataset.from_file(file["filename"]) for file in found[index]]
+                return read_column(concatenate_datasets(files), "_embedding")
+
             for index in range(num_shards):
                 owner = index % state.num_processes
                 if index in readable[0]:
                     if state.is_main_process and owner != 0:
-                        shard = concatenate_datasets([Dataset.from_file(file["filename"]) for file in found[index]])
-                        columns[index] = read_column(shard, "_embedding")
+                        columns[index] = attempt(read, index)
                     continue
                 # Else they come over the network.
                 sent: list[Any] = [columns.get(index) if owner == state.process_index else None]
                 broadcast_object_list(sent, from_process=owner)
                 if state.is_main_process and owner != 0:
-                    columns[index] = read_column(on_disk(pa.table({"_embedding": sent[0]})), "_embedding")
+                    table = pa.table({"_embedding": sent[0]})
+                    columns[index] = attempt(lambda table=table: read_column(on_disk(table), "_embedding"))
+            attempt.check()
         return [columns[index] for index in sorted(columns)], sum(over_long.values())
 
     def _place(self, embeddings: Rows) -> _Places:

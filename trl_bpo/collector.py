@@ -314,10 +314,16 @@ class BPODataCollector:
                 pair results.
         """
         _check_dataset(dataset, needs=["prompt", "responses", "scores"], adds=_PAIR_COLUMNS)
+
+        def build() -> tuple[Dataset, PairReport]:
+            return build_pairs(dataset, self.pair_rule, self.min_margin, self.allow_truncated_chosen)
+
+        state = PartialState()
         with self._timed("pair"):
-            pairs, self.report.pairs = build_pairs(
-                dataset, self.pair_rule, self.min_margin, self.allow_truncated_chosen
-            )
+            if state.num_processes > 1:
+                # First by one process, from whose cache the others take it where they share a disk.
+                on_main_process(state, lambda: build() and None)
+            pairs, self.report.pairs = meanwhile(state, build)
         return pairs
 
     def collect(self, dataset: Dataset) -> Dataset:

@@ -18,7 +18,8 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from datasets import Dataset, Features, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import get_temporary_cache_files_directory
 
-from .processes import meanwhile
+from .processes import Attempts
 
 
 # Rows that are sent to the other processes at a time.
@@ -97,7 +98,7 @@ def gathered(state: Any, own: Dataset, rows: np.ndarray) -> Dataset:
         state ([`~accelerate.PartialState`]):
             The processes.
         own ([`~datasets.Dataset`]):
-            Rows of this process, with the same columns on each.
+            Rows of this process from [`write_rows`], with the same columns on each. Their file is removed.
         rows (`np.ndarray` of shape `(len(own),)`):
             Which rows of the whole these are.
 
@@ -111,16 +112,8 @@ def gathered(state: Any, own: Dataset, rows: np.ndarray) -> Dataset:
     order = np.concatenate(gather_object([rows]))
     sizes = gather_object([len(own)])
     table = own.with_format("arrow")
-    path = writer = failure = None
-
-    def attempt(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        # A process that stopped alone would leave the others waiting for it.
-        nonlocal failure
-        try:
-            return function(*args, **kwargs) if failure is None else None
-        except Exception as error:
-            failure = error
-
+    path = writer = None
+    attempt = Attempts(state)
     if state.is_local_main_process:
         path = attempt(_new_file)
         writer = attempt(ArrowWriter, path=path, features=own.features)
@@ -135,13 +128,13 @@ def gathered(state: Any, own: Dataset, rows: np.ndarray) -> Dataset:
     if writer is not None:
         attempt(writer.finalize)
 
-    def check() -> None:
-        if failure is not None:
-            raise failure
-
-    meanwhile(state, check)
+    attempt.check()
     # Of the first process on this machine.
     path = gather_object([path])[state.process_index - state.local_process_index]
+    for file in own.cache_files:
+        # A file that is open cannot be removed everywhere. This one ends with the process anyway.
+        with suppress(OSError):
+            os.remove(file["filename"])
     whole = _read(path)
     return whole if np.array_equal(order, np.arange(len(order))) else whole.select(np.argsort(order))
 

@@ -27,6 +27,53 @@ T = TypeVar("T")
 _FIRST_POLL_SECONDS, _MAX_POLL_SECONDS = 0.01, 5.0
 
 
+class Attempts:
+    """
+    What one process does between collective operations that all take part in: a process that stopped alone would leave the
+    others waiting for it.
+
+    Args:
+        state ([`~accelerate.Accelerator`] or [`~accelerate.PartialState`]):
+            The processes.
+    """
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+        self._failure: Exception | None = None
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        Call a function, unless one has failed before.
+
+        Args:
+            function (`Callable`):
+                What to call, with the other arguments.
+
+        Returns:
+            What it returns; `None` if it failed.
+        """
+        if self._failure is None:
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                self._failure = error
+        return None
+
+    def check(self) -> None:
+        """
+        Tell all processes what has failed. All of them must call this.
+
+        Raises:
+            As [`meanwhile`] does.
+        """
+
+        def fail() -> None:
+            if self._failure is not None:
+                raise self._failure
+
+        meanwhile(self._state, fail)
+
+
 def meanwhile(state: Any, function: Callable[[], T]) -> T:
     """
     Call a function that may take long on some processes, and wait for all of them. All processes must call this.
