@@ -13,12 +13,19 @@
 # limitations under the License.
 
 
+import json
+import os
+import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+from datasets import Dataset
+from minihub import MiniHub
 
-from trl_bpo.embedding import embed_texts, require_sentence_transformers
+from trl_bpo.breadth import BreadthSelector
+from trl_bpo.embedding import embed_texts, encoder_fingerprint, require_sentence_transformers
 
 
 TEXTS = ["What is the capital of France?", "Which city is the capital of France?", "Sort a list in Python.", ""]
@@ -51,6 +58,51 @@ def test_long_texts_are_embedded_by_their_last_tokens(encoder):
     np.testing.assert_allclose(embeddings[0], embeddings[1], atol=1e-5)
     # Without the beginning they still read like the question.
     assert embeddings[0] @ embeddings[2] > 0.8
+
+
+def test_an_encoder_that_was_exchanged_is_loaded_again(encoder, tmp_path):
+    folder = tmp_path / "encoder"
+    shutil.copytree(encoder, folder)
+    Dataset.from_dict({"prompt": [f"{text} {number}" for number, text in enumerate(TEXTS * 3)]}).save_to_disk(
+        tmp_path / "prompts"
+    )
+    # On the disk, so that the embeddings are in the cache.
+    prompts = Dataset.load_from_disk(tmp_path / "prompts")
+
+    def distances():
+        return BreadthSelector(0.5, str(folder), n_clusters=2).select(prompts).dataset["breadth_distance"][:]
+
+    content, before = encoder_fingerprint(str(folder)), distances()
+    assert encoder_fingerprint(encoder) == content and distances() == before
+    # One text is one vector, made of its tokens in another way.
+    (pooling,) = folder.glob("*Pooling/config.json")
+    config = json.loads(pooling.read_text())
+    swapped = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    pooling.write_text(json.dumps({**config, **swapped}))
+    assert encoder_fingerprint(str(folder)) != content
+    assert np.abs(np.subtract(distances(), before)).max() > 0.01
+
+
+FINGERPRINTS = """
+import sys
+from huggingface_hub import HfApi
+from trl_bpo.embedding import encoder_fingerprint
+
+api, seen = HfApi(), []
+api.create_repo("tester/encoder")
+for content in (b"{}", b"[]"):
+    commit = api.upload_file(path_or_fileobj=content, path_in_repo="config.json", repo_id="tester/encoder").oid
+    assert encoder_fingerprint("tester/encoder") == commit, commit
+    seen.append(commit)
+assert len(set(seen)) == 2
+assert encoder_fingerprint("some-name") is None
+"""
+
+
+def test_an_encoder_of_the_hub_goes_by_its_commit(tmp_path):
+    with MiniHub(tokens={"hf_tester": "tester"}) as hub:
+        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_tester", "HF_HOME": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", FINGERPRINTS], env=env, check=True)
 
 
 def test_what_is_missing_is_said(monkeypatch):

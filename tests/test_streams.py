@@ -228,3 +228,10 @@ def test_columns_on_the_disk():
     assert len(write_rows(iter(()), features)) == 0
     both = beside(Dataset.from_dict({"prompt": ["a", "b"]}).select([1, 0]), columns)
     assert both[0] == {"prompt": "b", "scores": [1.0, None]}
+    # Neither is copied where the rows of both are all there in their order.
+    plain = write_rows([{"prompt": "a"}, {"prompt": "b"}], Features({"prompt": Value("string")}))
+    assert beside(plain, columns).cache_files == plain.cache_files + columns.cache_files
+    # Else the one is, whose are not.
+    chosen = plain.select([1, 0])
+    assert beside(chosen, columns).cache_files[1:] == columns.cache_files
+    assert beside(chosen, columns).to_list() == [{"prompt": "b", **rows[0]}, {"prompt": "a", **rows[1]}]

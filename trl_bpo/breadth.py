@@ -59,12 +59,11 @@ from .clustering import (
     nearest_to_centre,
 )
 from .columns import on_disk
-from .embedding import DEFAULT_ENCODER, EmbeddingRows, embed_texts, require_sentence_transformers
-from .ids import dense_ranks, read_column
+from .embedding import DEFAULT_ENCODER, EmbeddingRows, embed_texts, encoder_fingerprint, require_sentence_transformers
+from .ids import dense_ranks, id_column, read_column
 from .manifest import public_name, sha256_of_ids, write_json, write_manifest
-from .model_fingerprint import folder_fingerprint
 from .near_duplicates import check_near_duplicates, near_duplicates
-from .processes import Attempts, meanwhile, on_main_process
+from .processes import Attempts, main_process_first, meanwhile, on_main_process
 from .prompts import EXCERPT_CHARACTERS, prompt_id, render_prompt
 from .rows import Rows, RowsOf
 
@@ -199,10 +198,9 @@ def _identify(row: dict, prompt_column: str) -> dict[str, str]:
 def _embed(
     batch: dict[str, list], encoder: str, prompt_column: str, batch_size: int, content: str | None
 ) -> dict[str, Any]:
-    # `content` is not used: it makes the cache tell apart what two models gave that were in one folder.
     tools = batch.get("tools") or [None] * len(batch[prompt_column])
     texts = [render_prompt(prompt, tool) for prompt, tool in zip(batch[prompt_column], tools, strict=True)]
-    embeddings, over_long = embed_texts(texts, encoder, batch_size)
+    embeddings, over_long = embed_texts(texts, encoder, batch_size, content)
     return {"_embedding": embeddings, "_over_long": over_long}
 
 
@@ -346,10 +344,8 @@ class BreadthSelector:
         """
         state = PartialState()
         self._check(dataset)
-        # First by one process, from whose cache the others take it where they share a disk.
-        on_main_process(state, lambda: self._identified(dataset) and None)
-        dataset = meanwhile(state, lambda: self._identified(dataset))
-        excerpts = read_column(dataset, "_excerpt")
+        dataset = main_process_first(state, lambda: self._identified(dataset))
+        excerpts = id_column(dataset, "_excerpt")
         prompts, row_ids = dense_ranks(read_column(dataset, "prompt_id")), dense_ranks(read_column(dataset, "_row_id"))
         dataset = dataset.remove_columns(["_row_id", "_excerpt"])
         distinct, first_rows, inverse = np.unique(prompts, return_index=True, return_inverse=True)
@@ -384,7 +380,7 @@ class BreadthSelector:
             feature = Value("string") if name == "breadth_dropped" else None
             dataset = dataset.add_column(name, values, feature=feature)
         by_prompt = {
-            "prompt_id": read_column(dataset, "prompt_id").take(first_rows),
+            "prompt_id": id_column(dataset, "prompt_id").take(first_rows),
             "prompt": excerpts.take(first_rows),
             "rows": np.bincount(inverse),
             "duplicates": np.bincount(inverse[duplicate], minlength=n),
@@ -435,9 +431,13 @@ class BreadthSelector:
         own = range(state.process_index, num_shards, state.num_processes)
 
         def embed() -> dict[int, Dataset]:
-            content = folder_fingerprint(self.encoder) if os.path.isdir(self.encoder) else None
-            kwargs = {"encoder": self.encoder, "prompt_column": self.prompt_column, "batch_size": self.batch_size}
-            kwargs["content"] = content
+            # The content tells apart, in the cache of `datasets` too, what two models gave that were under one name.
+            kwargs = {
+                "encoder": self.encoder,
+                "prompt_column": self.prompt_column,
+                "batch_size": self.batch_size,
+                "content": encoder_fingerprint(self.encoder),
+            }
             return {
                 index: shards[index].map(
                     _embed,

@@ -47,7 +47,7 @@ from .openai_generator import OpenAIGenerator
 from .openai_judge import OpenAIJudge
 from .openai_pairwise_judge import OpenAIPairwiseJudge
 from .pairing import PairReport, build_pairs, pair_indices
-from .processes import meanwhile, on_main_process
+from .processes import main_process_first, meanwhile, on_main_process
 from .prompts import prompt_id
 
 
@@ -220,7 +220,7 @@ class BPODataCollector:
             logger.warning(
                 f"{self.report.truncated} of {self.report.responses} responses were cut off at the token limit."
             )
-        return beside(dataset, sampled)
+        return main_process_first(PartialState(), lambda: beside(dataset, sampled))
 
     def score(self, dataset: Dataset) -> Dataset:
         """
@@ -265,7 +265,7 @@ class BPODataCollector:
         with self._timed("score"):
             scored, self.report.judging = _share(dataset, rate, features, judge)
         self.report.unscored = sum(gather_object([unscored]))
-        return beside(dataset, scored)
+        return main_process_first(PartialState(), lambda: beside(dataset, scored))
 
     def score_batch(self, dataset: Dataset) -> BatchStatus:
         """
@@ -318,12 +318,8 @@ class BPODataCollector:
         def build() -> tuple[Dataset, PairReport]:
             return build_pairs(dataset, self.pair_rule, self.min_margin, self.allow_truncated_chosen)
 
-        state = PartialState()
         with self._timed("pair"):
-            if state.num_processes > 1:
-                # First by one process, from whose cache the others take it where they share a disk.
-                on_main_process(state, lambda: build() and None)
-            pairs, self.report.pairs = meanwhile(state, build)
+            pairs, self.report.pairs = main_process_first(PartialState(), build)
         return pairs
 
     def collect(self, dataset: Dataset) -> Dataset:

@@ -337,7 +337,9 @@ class DepthSelector:
         variance_explained = clustering.variance_explained
         if len(rows) > _GAUSSIAN_ROWS:
             # The share explained depends on the number of rows a cluster, so both sides are taken over the sample.
+            # By id, so that the order of the rows does not decide which are drawn.
             sample = np.random.default_rng(self.seed).choice(len(rows), _GAUSSIAN_ROWS, replace=False)
+            sample = np.argsort(ids, kind="stable")[sample]
             x, ids = x[sample], ids[sample]
             n_clusters = min(clustering.n_clusters, _GAUSSIAN_ROWS)
             variance_explained = cluster(x, ids, n_clusters, self.seed).variance_explained

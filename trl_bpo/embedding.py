@@ -15,12 +15,19 @@
 """Sentence embeddings of texts."""
 
 import functools
+import os
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from .model_fingerprint import folder_fingerprint
 
 
 if TYPE_CHECKING:
@@ -49,8 +56,32 @@ def require_sentence_transformers(what: str) -> None:
         ) from error
 
 
+def encoder_fingerprint(encoder: str) -> str | None:
+    """
+    Identify an encoder by its content, without loading it.
+
+    Args:
+        encoder (`str`):
+            Sentence-transformers model id or path.
+
+    Returns:
+        `str` or `None`: [`~model_fingerprint.folder_fingerprint`] of a folder, with all its modules, settings and the
+        tokenizer; the commit of a model of the Hub. `None` for the name of a model that is not under
+        `sentence-transformers/` and has no other namespace.
+    """
+    if os.path.isdir(encoder):
+        return folder_fingerprint(encoder, whole=True)
+    # As sentence-transformers completes it.
+    name = encoder if "/" in encoder else f"sentence-transformers/{encoder}"
+    with suppress(RepositoryNotFoundError):
+        # The folder of a snapshot is named after its commit.
+        return Path(snapshot_download(name, allow_patterns=["config.json"])).name
+    return None
+
+
 @functools.lru_cache(maxsize=1)
-def _load_encoder(encoder: str) -> "SentenceTransformer":
+def _load_encoder(encoder: str, content: str | None) -> "SentenceTransformer":
+    # By the content as well: what is in a folder can be exchanged while a process lives.
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(encoder)
@@ -59,7 +90,9 @@ def _load_encoder(encoder: str) -> "SentenceTransformer":
     return model
 
 
-def embed_texts(texts: list[str], encoder: str, batch_size: int = 64) -> tuple[np.ndarray, list[bool]]:
+def embed_texts(
+    texts: list[str], encoder: str, batch_size: int = 64, content: str | None = None
+) -> tuple[np.ndarray, list[bool]]:
     """
     Embed texts. The encoder is loaded once and stays in memory.
 
@@ -70,12 +103,14 @@ def embed_texts(texts: list[str], encoder: str, batch_size: int = 64) -> tuple[n
             Sentence-transformers model id or path.
         batch_size (`int`, *optional*, defaults to `64`):
             Texts that are embedded at once.
+        content (`str`, *optional*):
+            Its [`encoder_fingerprint`]: the encoder is loaded again when that has changed.
 
     Returns:
         `tuple[np.ndarray, list[bool]]`: The embeddings, float32 of shape `(n, d)` and of unit length, and which texts
         exceed the maximum length of the encoder and were embedded by their last tokens.
     """
-    model = _load_encoder(encoder)
+    model = _load_encoder(encoder, content)
     # Half precision where it is fast. The embeddings move by about a thousandth of their length.
     with torch.autocast(model.device.type, torch.float16, enabled=model.device.type == "cuda"):
         embeddings = model.encode(texts, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)

@@ -292,8 +292,8 @@ class TransformersGenerator:
         self, prompts: abc.Sequence[str | list[dict]], num_responses: int, tools: abc.Sequence | None = None
     ) -> abc.Iterator[list[Response]]:
         """
-        Sample responses for all prompts, then yield them. Memory: four bytes a token of the prompts and 24 bytes a prompt;
-        the responses are in `cache_dir`, or in memory without one.
+        Sample responses for all prompts, then yield them. Memory: four bytes a token of the prompts, 24 bytes a
+        prompt and 16 a part of its responses; the responses are in `cache_dir`, or in memory without one.
 
         Args:
             prompts (`Sequence[str | list[dict]]`):

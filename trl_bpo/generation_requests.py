@@ -23,6 +23,7 @@ from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from .answer_store import AnswerStore, content_key
@@ -157,13 +158,14 @@ def check_request(
             with `temperature=0`.
     """
     check_num_responses(num_responses, temperature)
+    share = " of this process's share" if PartialState().num_processes > 1 else ""
     for row, length in enumerate(input_ids.lengths.tolist()):
         if not length:
-            raise ValueError(f"The prompt in row {row} is empty. Remove it from the dataset.")
+            raise ValueError(f"The prompt in row {row}{share} is empty. Remove it from the dataset.")
         if context is not None and length + max_new_tokens > context:
             start = json.dumps(prompts[row], ensure_ascii=False)[:80]
             raise ValueError(
-                f"The prompt in row {row} ({start}...) has {length} tokens, which leaves no room for "
+                f"The prompt in row {row}{share} ({start}...) has {length} tokens, which leaves no room for "
                 f"`max_new_tokens={max_new_tokens}` in the model's context of {context} tokens. Lower "
                 "`max_new_tokens`, or shorten or remove the prompt."
             )

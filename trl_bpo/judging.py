@@ -177,7 +177,7 @@ def has_text(response: str | None) -> bool:
 class ResponseColumn(Sequence):
     """
     A column of a dataset with several responses a row, one value a response. Read from the dataset whenever it is gone
-    through. Memory: 8 bytes a row.
+    through. Memory: 8 bytes a row, and the row that was read by its number last.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -193,6 +193,8 @@ class ResponseColumn(Sequence):
         self._dataset = dataset.select_columns([name] if name != "responses" else ["prompt", "responses"])
         self._name = name
         self._ends = ends
+        # The responses of a prompt are read one after the other, and more than once when they are compared.
+        self._last: tuple[int, list] = (-1, [])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -206,7 +208,9 @@ class ResponseColumn(Sequence):
             raise IndexError(index)
         row = int(np.searchsorted(self._ends, index, side="right"))
         start = int(self._ends[row - 1]) if row else 0
-        return self._values(self._dataset[row], int(self._ends[row]) - start)[index - start]
+        if self._last[0] != row:
+            self._last = (row, self._values(self._dataset[row], int(self._ends[row]) - start))
+        return self._last[1][index - start]
 
     def _values(self, row: dict, count: int) -> list:
         if self._name != "responses":

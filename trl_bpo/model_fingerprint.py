@@ -33,6 +33,8 @@ _SAMPLES = 1024
 _NOT_CONTENT = {"_name_or_path", "transformers_version", "use_cache", "base_model_name_or_path", "inference_mode"}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CONFIGS = {"config.json", "generation_config.json"}
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".gguf"}
+_SETTINGS = {".json", ".txt", ".model"}
 _BLOCK = 1 << 16
 
 
@@ -76,7 +78,7 @@ def model_fingerprint(model: PreTrainedModel | PeftModel) -> str:
     return digest.hexdigest()
 
 
-def folder_fingerprint(folder: str | Path) -> str:
+def folder_fingerprint(folder: str | Path, whole: bool = False) -> str:
     """
     Identify a saved model by its content, without loading it.
 
@@ -86,16 +88,20 @@ def folder_fingerprint(folder: str | Path) -> str:
     Args:
         folder (`str` or `Path`):
             Folder of the model.
+        whole (`bool`, *optional*, defaults to `False`):
+            Whether subfolders, settings (`.json`) and vocabularies (`.txt`, `.model`) count as well, as for a model that is
+            given texts and not token ids.
 
     Returns:
         `str`: SHA-256 hex digest.
     """
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
-        if path.name not in _CONFIGS and path.suffix not in (".safetensors", ".bin", ".pt", ".gguf"):
+    suffixes = _WEIGHTS | _SETTINGS if whole else _WEIGHTS
+    for path in sorted(Path(folder).rglob("*") if whole else Path(folder).iterdir()):
+        if (path.name not in _CONFIGS and path.suffix not in suffixes) or not path.is_file():
             continue
         size = path.stat().st_size
-        digest.update(_json([path.name, size]))
+        digest.update(_json([path.relative_to(folder).as_posix(), size]))
         with open(path, "rb") as file:
             for number in range(64):
                 file.seek(max(0, size - _BLOCK) * number // 63)

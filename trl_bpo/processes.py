@@ -118,6 +118,28 @@ def meanwhile(state: Any, function: Callable[[], T]) -> T:
     return future.result()
 
 
+def main_process_first(state: Any, function: Callable[[], T]) -> T:
+    """
+    Call a function whose result is cached on the disk: first on the main process, from whose cache the others take it where
+    they share a disk. All processes must call this.
+
+    Args:
+        state ([`~accelerate.Accelerator`] or [`~accelerate.PartialState`]):
+            The processes.
+        function (`Callable`):
+            What to call, as in [`meanwhile`].
+
+    Returns:
+        What it returns, on each process its own.
+
+    Raises:
+        As [`meanwhile`] does.
+    """
+    if state.num_processes > 1:
+        meanwhile(state, function if state.is_main_process else lambda: None)
+    return meanwhile(state, function)
+
+
 def on_main_process(state: Any, function: Callable[[], T]) -> T:
     """
     Have the main process alone decide something, however long that takes, and all processes take its answer: what they work

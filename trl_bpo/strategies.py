@@ -46,7 +46,7 @@ from datasets import Dataset
 
 from .bpo_config import GRADIENT_STRATEGIES
 from .clustering import rank_in_groups, row_norms
-from .embedding import EmbeddingRows, embed_texts, require_sentence_transformers
+from .embedding import EmbeddingRows, embed_texts, encoder_fingerprint, require_sentence_transformers
 from .ids import dense_ranks, read_column
 from .pool import PairPool
 from .prompts import render_prompt
@@ -106,12 +106,12 @@ def _in_turns(scores: np.ndarray, pool: PairPool, seed: int) -> np.ndarray:
     return draw_scores(distinct, seed, 0)[prompts] - rank_in_groups(prompts, -scores, pool.pair_ids)
 
 
-def _embed_pairs(batch: dict[str, list], encoder: str) -> dict[str, np.ndarray]:
+def _embed_pairs(batch: dict[str, list], encoder: str, content: str | None) -> dict[str, np.ndarray]:
     tools = batch.get("tools") or [None] * len(batch["prompt"])
     texts = [render_prompt(prompt, tool) for prompt, tool in zip(batch["prompt"], tools, strict=True)]
     for column in ("chosen", "rejected"):
         texts += [render_prompt(response) for response in batch[column]]
-    embeddings, _ = embed_texts(texts, encoder)
+    embeddings, _ = embed_texts(texts, encoder, content=content)
     return {"_embedding": np.concatenate(np.split(embeddings, 3), axis=1)}
 
 
@@ -165,10 +165,11 @@ def measure_by_data(trainer: Any) -> Rows:
     strategy, pool, seed = trainer.args.depth_strategy, trainer._pool, trainer.args.seed
     if strategy.startswith("embedding"):
         columns = [name for name in ("prompt", "chosen", "rejected", "tools") if name in pool.pairs.column_names]
+        encoder = trainer.args.depth_encoder
         embedded = pool.pairs.select_columns(columns).map(
             _embed_pairs,
             batched=True,
-            fn_kwargs={"encoder": trainer.args.depth_encoder},
+            fn_kwargs={"encoder": encoder, "content": encoder_fingerprint(encoder)},
             remove_columns=columns,
             desc="Embedding pairs",
         )
