@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import disable_progress_bars, load_dataset
 
-from trl_bpo import BPODataCollector, BreadthSelector, DepthSelector, embedding
+from trl_bpo import BPODataCollector, BreadthSelector, DepthSelector
 from trl_bpo.bpo_config import BPOConfig
 from trl_bpo.generation import Response
 from trl_bpo.generation_requests import RequestKeys, encode_prompts
@@ -125,8 +125,10 @@ def breadth(n, folder):
     from trl_bpo import breadth as module
 
     module.embed_texts = embed
+    encoder = folder / "no-encoder"
+    encoder.mkdir(exist_ok=True)
     yield
-    selection = BreadthSelector(0.1, embedding.DEFAULT_ENCODER, n_clusters=20).select(prompts)
+    selection = BreadthSelector(0.1, str(encoder), n_clusters=20).select(prompts)
     assert len(selection.kept) == selection.prompts_kept == round(0.1 * n / 2)
     assert sha256_of_ids(selection.by_prompt["prompt_id"])
     selection.save(folder / "breadth")
