@@ -117,7 +117,7 @@ def breadth(n, folder):
     """Prompts, by an encoder that costs nothing."""
     prompts = write_rows(folder / f"prompts-{n}.parquet", n, lambda row: {"prompt": f"Question {row // 2 * 2} of {n}"})
 
-    def embed(texts, encoder, batch_size=64):
+    def embed(texts, encoder, batch_size=64, content=None):
         draws = [np.random.default_rng(int(digest(text)[:8], 16)).standard_normal(32) for text in texts]
         embeddings = np.asarray(draws, dtype=np.float32)
         return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True), [False] * len(texts)
