@@ -84,7 +84,6 @@ def test_an_encoder_that_was_exchanged_is_loaded_again(encoder, tmp_path):
 
 
 FINGERPRINTS = """
-import sys
 from huggingface_hub import HfApi
 from trl_bpo.embedding import encoder_fingerprint
 
@@ -101,7 +100,13 @@ assert encoder_fingerprint("some-name") is None
 
 def test_an_encoder_of_the_hub_goes_by_its_commit(tmp_path):
     with MiniHub(tokens={"hf_tester": "tester"}) as hub:
-        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_tester", "HF_HOME": str(tmp_path)}
+        env = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": "hf_tester",
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_OFFLINE": "0",
+        }
         subprocess.run([sys.executable, "-c", FINGERPRINTS], env=env, check=True)
 
 

@@ -16,7 +16,9 @@
 """Generators and judges that are asked in parts, and the columns that come of it."""
 
 import json
+import platform
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +29,7 @@ from openai_server import OpenAIServer
 from trl_bpo import judging, streams
 from trl_bpo.answer_store import content_key
 from trl_bpo.collector import _own_rows
-from trl_bpo.columns import beside, write_rows
+from trl_bpo.columns import _nearest, _reordered, beside, write_rows
 from trl_bpo.generation import Response, iter_responses
 from trl_bpo.generation_requests import RequestKeys, encode_prompts
 from trl_bpo.judging import Verdict, iter_verdicts, judge_columns
@@ -235,3 +237,19 @@ def test_columns_on_the_disk():
     chosen = plain.select([1, 0])
     assert beside(chosen, columns).cache_files[1:] == columns.cache_files
     assert beside(chosen, columns).to_list() == [{"prompt": "b", **rows[0]}, {"prompt": "a", **rows[1]}]
+
+
+def test_results_of_all_processes_in_their_order():
+    features = Features({"row": Value("int64")})
+    columns = write_rows(({"row": row} for row in range(2500)), features)
+    path = columns.cache_files[0]["filename"]
+    rows = np.random.default_rng(0).permutation(2500)
+    new_path = _reordered(path, rows, features)
+    assert Dataset.from_file(new_path)["row"][:] == rows.tolist()
+    assert not Path(path).exists()
+    # The file of this machine comes before that of another one whose disk is seen, too.
+    other = write_rows(iter([{"row": 0}]), features).cache_files[0]["filename"]
+    assert _nearest([("another", other), (platform.node(), None), (platform.node(), new_path)]) == new_path
+    assert _nearest([("another", other), (platform.node(), path)]) == other
+    with pytest.raises(OSError, match="Set `TMPDIR` to a folder that all processes of a machine share"):
+        _nearest([(platform.node(), path), ("another", None)])

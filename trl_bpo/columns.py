@@ -31,7 +31,7 @@ from datasets import Dataset, Features, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import get_temporary_cache_files_directory
 
-from .processes import Attempts
+from .processes import Attempts, meanwhile
 
 
 # Rows that are sent to the other processes at a time.
@@ -107,8 +107,8 @@ def gathered(state: Any, own: Dataset, rows: np.ndarray) -> Dataset:
         [`~datasets.Dataset`]: The whole, in the order of its rows.
 
     Raises:
-        `OSError`: If the rows cannot be written, for example because the disk is full; on the other processes, a
-            `RuntimeError` with the same text.
+        `OSError`: If the rows cannot be written, for example because the disk is full, or processes of a machine do not
+            share its temporary folder; on the other processes, a `RuntimeError` with the same text.
     """
     order = np.concatenate(gather_object([rows]))
     sizes = gather_object([len(own)])
@@ -132,14 +132,24 @@ def gathered(state: Any, own: Dataset, rows: np.ndarray) -> Dataset:
             path = attempt(_reordered, path, np.argsort(order), own.features)
 
     attempt.check()
-    # Of this machine, where there is one: ranks need not be in the order of the machines.
-    paths = [(node != platform.node(), path) for node, path in gather_object([(platform.node(), path)])]
-    path = min((elsewhere, path) for elsewhere, path in paths if path is not None and os.path.exists(path))[1]
+    paths = gather_object([(platform.node(), path)])
+    whole = meanwhile(state, lambda: _read(_nearest(paths)))
     for file in own.cache_files:
         # A file that is open cannot be removed everywhere. This one ends with the process anyway.
         with suppress(OSError):
             os.remove(file["filename"])
-    return _read(path)
+    return whole
+
+
+def _nearest(paths: list[tuple[str, str | None]]) -> str:
+    # Of this machine, where there is one: ranks need not be in the order of the machines.
+    visible = [(node != platform.node(), path) for node, path in paths if path is not None and os.path.exists(path)]
+    if not visible:
+        raise OSError(
+            f"This process on `{platform.node()}` does not see what the first process of its machine has written. Set "
+            "`TMPDIR` to a folder that all processes of a machine share."
+        )
+    return min(visible)[1]
 
 
 def _reordered(path: str, rows: np.ndarray, features: Features) -> str:

@@ -50,7 +50,8 @@ def read_column(dataset: "Dataset", name: str) -> pa.ChunkedArray:
 
 def id_column(dataset: "Dataset", name: str) -> pa.ChunkedArray:
     """
-    A column of ids as text. Memory: about 70 bytes a row for digests of SHA-256.
+    A column of ids, or of other texts, that may be longer than 2 GB. Memory: that of the texts and 8 bytes a row, so about 70
+    for digests of SHA-256.
 
     Args:
         dataset ([`~datasets.Dataset`]):

@@ -121,7 +121,8 @@ def meanwhile(state: Any, function: Callable[[], T]) -> T:
 def main_process_first(state: Any, function: Callable[[], T]) -> T:
     """
     Call a function whose result is cached on the disk: first on the main process, from whose cache the others take it where
-    they share a disk. All processes must call this.
+    they share a disk. All processes must call this. Unlike the method of accelerate of that name, it leaves none of them in a
+    collective operation that can time out.
 
     Args:
         state ([`~accelerate.Accelerator`] or [`~accelerate.PartialState`]):

@@ -261,7 +261,7 @@ def suggest_for_prompts(
         `ValueError`: If `sample` is not positive, or the dataset has no prompts.
         `ImportError`: If sentence-transformers is not installed.
     """
-    from .embedding import embed_texts, require_sentence_transformers
+    from .embedding import embed_texts, encoder_fingerprint, require_sentence_transformers
     from .formats import load_rows, prepare_dataset
     from .prompts import prompt_id, render_prompt
 
@@ -276,7 +276,7 @@ def suggest_for_prompts(
     distinct = [first[one] for one in sorted(first)]
     drawn = np.random.default_rng(seed).permutation(len(distinct))[:sample]
     texts = [render_prompt(row["prompt"], row.get("tools")) for row in rows.select([distinct[i] for i in drawn])]
-    embeddings, _ = embed_texts(texts, encoder)
+    embeddings, _ = embed_texts(texts, encoder, content=encoder_fingerprint(encoder))
     return _suggest("breadth", len(distinct), embeddings, True, seed)
 
 
