@@ -44,9 +44,10 @@ def fit(rows, k=40, **kwargs):
 
 def test_inertia_is_that_of_full_lloyd():
     rows = mixture(20_000)
-    found = [np.square(fit(rows, seed=seed).distances).sum() for seed in range(4)]
-    full = [KMeans(40, n_init=1, random_state=seed).fit(rows).inertia_ for seed in range(4)]
-    assert np.mean(found) < 1.02 * np.mean(full)
+    found = [np.square(fit(rows, seed=seed).distances).sum() for seed in range(12)]
+    full = [KMeans(40, n_init=1, random_state=seed).fit(rows).inertia_ for seed in range(12)]
+    # Seeded from 16 rows a cluster, they end at 1.015 (24 starts of each); from four, at 1.035.
+    assert np.mean(found) < 1.025 * np.mean(full)
 
 
 def test_distances_are_those_to_the_nearest_centre():
@@ -57,7 +58,7 @@ def test_distances_are_those_to_the_nearest_centre():
     means = np.stack([rows[result.labels == label].mean(axis=0) for label in range(40)])
     to_means = np.linalg.norm(rows[:, None] - means, axis=2)
     assert (to_means.argmin(axis=1) == result.labels).mean() > 0.98
-    np.testing.assert_allclose(result.distances, to_means[np.arange(6000), result.labels], atol=0.05)
+    assert np.abs(result.distances - to_means[np.arange(6000), result.labels]).mean() < 0.01
     explained = 1 - np.square(result.distances).sum() / np.square(rows - rows.mean(axis=0)).sum()
     assert result.variance_explained == pytest.approx(explained, abs=1e-5)
 
@@ -98,13 +99,20 @@ def test_file_and_memory_are_alike(tmp_path, dtype):
 def test_spherical_centres_have_unit_length():
     rows = mixture()
     result = fit(rows, spherical=True)
-    # To a centre c of unit length, which is the direction of the mean.
-    for label in range(40):
-        own = result.labels == label
-        mean = rows[own].mean(axis=0)
-        np.testing.assert_allclose(
-            result.distances[own], np.linalg.norm(rows[own] - mean / np.linalg.norm(mean), axis=1), atol=0.1
-        )
+    # To a centre of unit length, which is the direction of the mean.
+    means = np.stack([rows[result.labels == label].mean(axis=0) for label in range(40)])
+    to_centres = np.linalg.norm(rows - (means / np.linalg.norm(means, axis=1, keepdims=True))[result.labels], axis=1)
+    assert np.abs(result.distances - to_centres).mean() < 0.01
+
+
+def test_first_centres_are_spread():
+    # One row far out in each of 30 directions, among rows that lie close together.
+    rows = np.full((3000, 32), 5.0) + 0.1 * np.random.default_rng(0).standard_normal((3000, 32))
+    far = np.random.default_rng(1).choice(3000, 30, replace=False)
+    rows[far, np.arange(30)] += 100.0
+    centres = kmeans._kmeans_plusplus(torch.from_numpy(rows.astype(np.float32)), 31, seed=0)
+    assert sorted(np.flatnonzero((centres > 50).sum(axis=0)).tolist()) == list(range(30))
+    assert (centres > 50).sum() == 30
 
 
 def test_rows_that_coincide():

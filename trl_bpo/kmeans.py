@@ -23,13 +23,12 @@ float64. So neither the number of threads nor the order of the rows changes a bi
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.cluster import kmeans_plusplus
-from threadpoolctl import threadpool_limits
 
 from .rows import Rows
 
@@ -39,7 +38,7 @@ _ROWS_PER_CLUSTER = 256
 _MIN_TRAINING_ROWS = 32_768
 _MAX_TRAINING_BYTES = 2**31
 # Lloyd's algorithm starts on a small part of the training rows, where an iteration costs little, and ends on all of them.
-_SEEDING_ROWS_PER_CLUSTER = 8
+_SEEDING_ROWS_PER_CLUSTER = 16
 _STAGES = (32, 64, 128, _ROWS_PER_CLUSTER)
 _MAX_ITERATIONS = 25
 _TOLERANCE = 1e-3
@@ -77,14 +76,53 @@ class KMeansFit:
     variance_explained: float
 
 
+def _grid(n: int, largest: float) -> float:
+    # The sum of `n` numbers as large as the largest one takes 48 bits. A row far out may take a few more.
+    return 2.0 ** (48 - np.ceil(np.log2(max(n, 2))) - np.ceil(np.log2(max(largest, 1e-30))))
+
+
+@contextmanager
+def _one_thread() -> Iterator[int]:
+    # A product that threads share may round in another way with another number of them.
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield n_threads
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def _kmeans_plusplus(rows: torch.Tensor, n_clusters: int, seed: int) -> np.ndarray:
+    # Greedy k-means++ as scikit-learn has it (2 + log(k) trials a centre, of which the best stays), in float32 and where
+    # the rows are: three times as fast on a CPU.
+    rng = np.random.default_rng(seed)
+    squares = (rows * rows).sum(dim=1)
+    # A distance is at most twice the largest norm.
+    grid = _grid(len(rows), 4.0 * float(squares.max()))
+    trials = torch.from_numpy(rng.integers(len(rows), size=1)).to(rows.device)
+    to_chosen = torch.full_like(squares, torch.inf)
+    centres = []
+    while True:
+        to_trials = torch.addmm(squares, rows[trials], rows.T, alpha=-2.0).add_(squares[trials, None]).clamp_(min=0.0)
+        torch.minimum(to_trials, to_chosen, out=to_trials)
+        best = (to_trials.double() * grid).round_().sum(dim=1).argmin()
+        centres.append(trials[best])
+        if len(centres) == n_clusters:
+            return rows[torch.stack(centres)].cpu().numpy()
+        to_chosen = to_trials[best]
+        # A row is drawn by its squared distance to the nearest centre.
+        cumulated = (to_chosen.double() * grid).round_().cumsum(dim=0)
+        draws = torch.from_numpy(rng.random(2 + int(np.log(n_clusters)))).to(rows.device)
+        trials = torch.searchsorted(cumulated, draws * cumulated[-1], right=True).clamp_(max=len(rows) - 1)
+
+
 class _Lloyd:
     """Lloyd's algorithm over rows that are read block by block."""
 
     def __init__(self, n: int, largest: float, device: str, spherical: bool) -> None:
         self.device = device
         self.spherical = spherical
-        # The sum of `n` numbers as large as the largest one takes 48 bits. A row far out may take a few more.
-        self.grid = 2.0 ** (48 - np.ceil(np.log2(max(n, 2))) - np.ceil(np.log2(max(largest, 1e-30))))
+        self.grid = _grid(n, largest)
 
     def _over_blocks(self, work: Callable, rows: Rows) -> Iterator[tuple]:
         size = _ROWS_A_BLOCK[self.device]
@@ -94,24 +132,19 @@ class _Lloyd:
             part = np.array(rows[block], dtype=np.float32)
             return block, *work(torch.from_numpy(part).to(self.device))
 
-        # One thread a block: a product that threads share may round in another way with another number of them.
-        n_threads = torch.get_num_threads()
-        if self.device != "cpu" or n_threads == 1:
+        if self.device != "cpu" or torch.get_num_threads() == 1:
             yield from map(read_and_work, blocks)
             return
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(n_threads) as executor:
-                # Not all at once, as each holds a block and its distances.
-                waiting: deque[Future] = deque()
-                for block in blocks:
-                    waiting.append(executor.submit(read_and_work, block))
-                    if len(waiting) > n_threads:
-                        yield waiting.popleft().result()
-                while waiting:
+        # One thread a block.
+        with _one_thread() as n_threads, ThreadPoolExecutor(n_threads) as executor:
+            # Not all at once, as each holds a block and its distances.
+            waiting: deque[Future] = deque()
+            for block in blocks:
+                waiting.append(executor.submit(read_and_work, block))
+                if len(waiting) > n_threads:
                     yield waiting.popleft().result()
-        finally:
-            torch.set_num_threads(n_threads)
+            while waiting:
+                yield waiting.popleft().result()
 
     def _nearest(self, part: torch.Tensor, centres: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # The squared distance to each centre, without that to the origin, which is the same for all of them.
@@ -230,10 +263,9 @@ def fit_kmeans(
     lloyd = _Lloyd(n, float(np.abs(sample).max()), device, spherical)
     sizes = [min(n_training, size * n_training // _STAGES[-1]) for size in _STAGES]
     sizes = [size for size in sizes if size >= 4 * n_clusters] or [n_training]
-    with threadpool_limits(limits=1):
-        # Its products round in another way with another number of threads.
-        seeds = sample[: max(n_clusters, min(sizes[0], _SEEDING_ROWS_PER_CLUSTER * n_clusters))]
-        centres, _ = kmeans_plusplus(seeds, n_clusters, random_state=seed)
+    seeds = sample[: max(n_clusters, min(sizes[0], _SEEDING_ROWS_PER_CLUSTER * n_clusters))]
+    with _one_thread():
+        centres = _kmeans_plusplus(torch.from_numpy(seeds).to(device), n_clusters, seed)
     for size in sizes:
         centres = lloyd.run(sample[:size], centres)
     centres, _ = lloyd.step(rows, centres)
